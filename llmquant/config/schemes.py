@@ -1,0 +1,274 @@
+"""What to do to one weight: typed configs, and the short schemes that stand for them.
+
+Grammar: `none | <format>[-g<N>|-row|-tensor][-sym|-asym]`, a format being a row of the table
+(`int4`, `float8`, `float8-e5m2`, ...). Without a suffix the format's default holds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from llmquant.errors import ConfigError
+from llmquant.formats import FORMATS, Format, get_format
+from llmquant.primitives.granularity import (
+    Granularity,
+    MappingType,
+    PerAxis,
+    PerGroup,
+    PerRow,
+    PerTensor,
+    block_shape,
+    granularity_name,
+)
+from llmquant.primitives.spec import QuantSpec
+
+SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, eq=False)
+class WeightOnlyConfig:
+    """Quantizes a weight, leaves activations as they are. Reaches any row of the table of formats.
+
+    Args:
+        format: a name in the table, for instance `int5`.
+        granularity: what shares a scale, said of the logical [out, in] matrix; None is the format's default.
+        mapping_type: symmetric, or asymmetric with an integer zero point a block.
+        scale_dtype: how scales are stored; None means float16 for groups, float32 per row or tensor.
+        algorithm: how codes and scales are chosen; None is the format's default (`search` for integers).
+
+    Raises:
+        ConfigError: where the format cannot have what is asked.
+    """
+
+    format: str
+    granularity: Granularity | None = None
+    mapping_type: MappingType = MappingType.SYMMETRIC
+    scale_dtype: torch.dtype | None = None
+    algorithm: str | None = None
+
+    def __post_init__(self) -> None:
+        row = get_format(self.format)
+        _set(self, granularity=self.granularity or _default_granularity(row))
+        _set(self, scale_dtype=self.scale_dtype or _default_scale_dtype(self.granularity))
+        _set(self, algorithm=self.algorithm or row.algorithms[0])
+        self._check(row)
+
+    def _check(self, row: Format) -> None:
+        assert self.granularity is not None
+        shared = granularity_name(self.granularity)
+        if shared not in row.granularities:
+            raise ConfigError(f"{row.name} has no scales per {shared}", hint=f"one of {', '.join(row.granularities)}")
+        if self.mapping_type is MappingType.ASYMMETRIC and not row.asymmetric:
+            raise ConfigError(f"{row.name} is symmetric only", hint="leave mapping_type out")
+        if self.scale_dtype not in SCALE_DTYPES.values():
+            raise ConfigError(f"scales cannot be stored as {self.scale_dtype}", hint=f"one of {', '.join(SCALE_DTYPES)}")
+        if self.algorithm not in row.algorithms:
+            raise ConfigError(
+                f"{row.name} has no algorithm {self.algorithm!r}", hint=f"one of {', '.join(row.algorithms)}"
+            )
+
+    def spec(self, rows: int, columns: int) -> QuantSpec:
+        """What this means for a logical [rows, columns] matrix."""
+        assert self.granularity is not None and self.scale_dtype is not None
+        block = block_shape(self.granularity, rows, columns)
+        return QuantSpec(get_format(self.format), block, self.mapping_type, self.scale_dtype)
+
+    def with_algorithm(self, algorithm: str) -> WeightOnlyConfig:
+        """The same with another algorithm, where the format has it."""
+        known = algorithm in get_format(self.format).algorithms
+        return from_dict({**self.to_dict(), "algorithm": algorithm}) if known else self
+
+    @property
+    def scheme(self) -> str:
+        """The short name of format, granularity and mapping, with defaults left out."""
+        row = get_format(self.format)
+        assert self.granularity is not None
+        shared = granularity_name(self.granularity)
+        suffix = f"-g{self.granularity.group_size}" if isinstance(self.granularity, PerGroup) else f"-{shared}"
+        name = self.format if self.granularity == _default_granularity(row) else self.format + suffix
+        return name + ("-asym" if self.mapping_type is MappingType.ASYMMETRIC else "")
+
+    def to_dict(self) -> dict[str, str]:
+        """Plain JSON: the inverse of `from_dict`."""
+        assert self.granularity is not None and self.algorithm is not None
+        shared = granularity_name(self.granularity)
+        group = f"group-{self.granularity.group_size}" if isinstance(self.granularity, PerGroup) else shared
+        return {
+            "format": self.format,
+            "granularity": group,
+            "mapping_type": self.mapping_type.value,
+            "scale_dtype": str(self.scale_dtype).removeprefix("torch."),
+            "algorithm": self.algorithm,
+        }
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, WeightOnlyConfig) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.to_dict().values()))
+
+    def __str__(self) -> str:
+        return self.scheme
+
+
+class Int4WeightOnlyConfig(WeightOnlyConfig):
+    """Four bits, groupwise."""
+
+    def __init__(
+        self,
+        group_size: int = 128,
+        mapping_type: MappingType = MappingType.SYMMETRIC,
+        scale_dtype: torch.dtype | None = None,
+        algorithm: str = "search",
+    ) -> None:
+        super().__init__("int4", PerGroup(group_size), mapping_type, scale_dtype, algorithm)
+
+
+class IntxWeightOnlyConfig(WeightOnlyConfig):
+    """One to eight bits: `weight_dtype` is `torch.int1` ... `torch.int8`."""
+
+    def __init__(
+        self,
+        weight_dtype: torch.dtype = torch.int8,
+        granularity: Granularity = PerAxis(0),  # noqa: B008  (frozen)
+        mapping_type: MappingType = MappingType.SYMMETRIC,
+        scale_dtype: torch.dtype | None = None,
+        algorithm: str = "search",
+    ) -> None:
+        name = _format_of(weight_dtype, "affine")
+        super().__init__(name, granularity, mapping_type, scale_dtype, algorithm)
+
+
+class Int8WeightOnlyConfig(WeightOnlyConfig):
+    """Eight bits, one scale a row."""
+
+    def __init__(
+        self,
+        granularity: Granularity = PerAxis(0),  # noqa: B008  (frozen)
+        mapping_type: MappingType = MappingType.SYMMETRIC,
+        scale_dtype: torch.dtype | None = torch.float32,
+    ) -> None:
+        super().__init__("int8", granularity, mapping_type, scale_dtype)
+
+
+class Float8WeightOnlyConfig(WeightOnlyConfig):
+    """float8 numbers: `weight_dtype` is `torch.float8_e4m3fn` or `torch.float8_e5m2`."""
+
+    def __init__(
+        self,
+        weight_dtype: torch.dtype = torch.float8_e4m3fn,
+        granularity: Granularity = PerAxis(0),  # noqa: B008  (frozen)
+    ) -> None:
+        super().__init__(_format_of(weight_dtype, "scaled"), granularity)
+
+
+def parse_scheme(scheme: str) -> WeightOnlyConfig | None:
+    """A scheme as a config; None for `none`. Raises `ConfigError` that says which part is wrong."""
+    if scheme == "none":
+        return None
+    row, rest = _split_stem(scheme)
+    found = re.fullmatch(r"(?:-(g\d+|row|tensor))?(?:-(sym|asym))?", rest)
+    if not found:
+        raise ConfigError(
+            f"cannot read {rest!r} in scheme {scheme!r}",
+            hint=f"{row.name} may be followed by -g<size>, -row or -tensor, then -sym or -asym",
+        )
+    shared, mapping = found.groups()
+    return WeightOnlyConfig(
+        row.name,
+        _parse_granularity(shared) if shared else None,
+        MappingType.ASYMMETRIC if mapping == "asym" else MappingType.SYMMETRIC,
+    )
+
+
+def from_dict(values: Mapping[str, Any]) -> WeightOnlyConfig:
+    """A mapping of config fields as a config; `group_size: n` is short for `granularity: group-n`.
+
+    Raises `ConfigError` for unknown fields and values, with near names.
+    """
+    values = dict(values)
+    known = [f.name for f in fields(WeightOnlyConfig)]
+    if "format" not in values:
+        raise ConfigError("a config needs a 'format'", where=str(values), hint=f"one of {', '.join(FORMATS)}")
+    if "group_size" in values:
+        values.setdefault("granularity", f"group-{values.pop('group_size')}")
+    for key in values:
+        if key not in known:
+            raise unknown_key(key, [*known, "group_size"], f"config {values}")
+    return WeightOnlyConfig(
+        str(values["format"]),
+        _parse_granularity(str(values["granularity"])) if values.get("granularity") else None,
+        _parse_mapping(values.get("mapping_type", "symmetric")),
+        _parse_scale_dtype(values.get("scale_dtype")),
+        values.get("algorithm"),
+    )
+
+
+def parse_config(value: str | Mapping[str, Any] | None) -> WeightOnlyConfig | None:
+    """A scheme, or a mapping of config fields, or None."""
+    if value is None:
+        return None
+    return parse_scheme(value) if isinstance(value, str) else from_dict(value)
+
+
+def unknown_key(key: str, known: list[str], where: str) -> ConfigError:
+    """The error for a misspelt key."""
+    near = difflib.get_close_matches(str(key), known, n=2)
+    return ConfigError(
+        f"unknown key {key!r}", where=where, hint=f"did you mean {' or '.join(near)}?" if near else ", ".join(known)
+    )
+
+
+def _set(config: WeightOnlyConfig, **values: Any) -> None:
+    for name, value in values.items():
+        object.__setattr__(config, name, value)
+
+
+def _default_granularity(row: Format) -> Granularity:
+    return PerGroup(row.group_size) if row.group_size else PerRow()
+
+
+def _default_scale_dtype(granularity: Granularity | None) -> torch.dtype:
+    return torch.float16 if isinstance(granularity, PerGroup) else torch.float32
+
+
+def _format_of(dtype: torch.dtype, storage: str) -> str:
+    rows = {row.dtype: row.name for row in FORMATS.values() if row.storage == storage and row.dtype}
+    if dtype not in rows:
+        raise ConfigError(f"no format of weight_dtype {dtype}", hint="one of " + ", ".join(map(str, rows)))
+    return rows[dtype]
+
+
+def _split_stem(scheme: str) -> tuple[Format, str]:
+    """The longest format name that starts the scheme, and the rest."""
+    for name in sorted(FORMATS, key=len, reverse=True):
+        if scheme == name or scheme.startswith(name + "-"):
+            return FORMATS[name], scheme[len(name) :]
+    near = difflib.get_close_matches(scheme, ["none", *FORMATS], n=3) or ["none", *FORMATS]
+    raise ConfigError(f"unknown scheme {scheme!r}", hint="start with one of " + ", ".join(near))
+
+
+def _parse_granularity(text: str) -> Granularity:
+    if found := re.fullmatch(r"(?:g|group-)(\d+)", text):
+        return PerGroup(int(found[1]))
+    if text not in ("row", "tensor"):
+        raise ConfigError(f"unknown granularity {text!r}", hint="row, tensor or group-<size>")
+    return PerRow() if text == "row" else PerTensor()
+
+
+def _parse_mapping(text: Any) -> MappingType:
+    if text not in [m.value for m in MappingType]:
+        raise ConfigError(f"unknown mapping_type {text!r}", hint="symmetric or asymmetric")
+    return MappingType(text)
+
+
+def _parse_scale_dtype(text: Any) -> torch.dtype | None:
+    if text is not None and text not in SCALE_DTYPES:
+        raise ConfigError(f"unknown scale_dtype {text!r}", hint=f"one of {', '.join(SCALE_DTYPES)}")
+    return SCALE_DTYPES[text] if text else None

@@ -1,0 +1,78 @@
+"""One class per failure that a user can see. Each message says what, where and what to try.
+
+The command line turns every `LlmQuantError` into a short message and exit status 2.
+Broken invariants of the library itself are `assert`s, never these.
+"""
+
+from __future__ import annotations
+
+
+class LlmQuantError(ValueError):
+    """Base of all errors meant for users.
+
+    Args:
+        what: the failure in one sentence.
+        where: the FQN, file, key or shape it is about.
+        hint: what to try next.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        self.what, self.where, self.hint = what, where, hint
+        lines = [what]
+        if where:
+            lines.append(f"  where: {where}")
+        if hint:
+            lines.append(f"  try:   {hint}")
+        super().__init__("\n".join(lines))
+
+
+class ConfigError(LlmQuantError):
+    """A config, scheme or recipe that says something impossible or unknown."""
+
+
+class UnmatchedKeyError(ConfigError):
+    """A key of an `FqnToConfig` that names no quantizable weight."""
+
+
+class ConflictingConfigError(ConfigError):
+    """Two different configs for one (tied) weight."""
+
+
+class ModelNotFoundError(LlmQuantError):
+    """A folder or hub id that is missing or holds no Hugging Face checkpoint."""
+
+
+class NothingToQuantizeError(LlmQuantError):
+    """A model without any weight that the config would quantize."""
+
+
+class AlreadyQuantizedError(LlmQuantError):
+    """A model or weight that is quantized already."""
+
+
+class BadWeightError(LlmQuantError):
+    """A weight whose values cannot be quantized: NaN, infinite, empty, or out of the scale's range."""
+
+
+class CheckpointError(LlmQuantError):
+    """A checkpoint that is incomplete, truncated, mixed from two saves, or of an unknown version."""
+
+
+class NoSpaceError(LlmQuantError):
+    """A disk without room for the result."""
+
+
+class OutputExistsError(LlmQuantError):
+    """An output folder that exists already and may not be replaced."""
+
+
+class TextError(LlmQuantError):
+    """An evaluation text that is missing, empty or too short."""
+
+
+class UnsupportedOpError(LlmQuantError, NotImplementedError):
+    """An operation that a quantized tensor does not support."""
+
+
+class MissingDependencyError(LlmQuantError, ImportError):
+    """An optional package that this command needs."""

@@ -1,0 +1,112 @@
+"""The one table of number formats. Packing, tensors, save, load, inspect and the tests loop over it.
+
+A new format is one row (`register_format`) and one numerics module; nothing else changes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from llmquant.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llmquant.primitives.spec import Numerics
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row of the table.
+
+    Attributes:
+        name: the scheme's stem, as users write it (`int4`, `float8-e5m2`).
+        bits: bits that one code takes in memory and on disk, 1 to 8.
+        storage: the kind of tensor that holds it, a key of `llmquant.tensor.STORAGE`.
+        numerics_module: dotted name of the module with its `Numerics` (see `primitives.spec`).
+        dtype: torch's name for one value, where it has one.
+        granularities: which of `group`, `row`, `tensor` may share a scale.
+        group_size: the default group; None means one scale per row.
+        asymmetric: whether weights may carry a zero point.
+        midpoint: the code (not always an integer) that stands for 0.0 when there is no zero point.
+        algorithms: how its codes and scales can be chosen; the first is the default.
+    """
+
+    name: str
+    bits: int
+    storage: str
+    numerics_module: str
+    dtype: torch.dtype | None = None
+    granularities: tuple[str, ...] = ("group", "row", "tensor")
+    group_size: int | None = None
+    asymmetric: bool = False
+    midpoint: float = 0.0
+    algorithms: tuple[str, ...] = ("rtn",)
+
+    @property
+    def numerics(self) -> Numerics:
+        """The functions that turn values into codes and back, imported when first needed."""
+        return cast("Numerics", importlib.import_module(self.numerics_module))
+
+    @property
+    def top_code(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of one packed row of `columns` codes; every row starts on a byte."""
+        return (columns * self.bits + 7) // 8
+
+
+FORMATS: dict[str, Format] = {}
+
+
+def register_format(row: Format) -> Format:
+    """Adds a row to the table. Raises `ConfigError` if the name is taken by another row."""
+    if FORMATS.get(row.name, row) != row:
+        raise ConfigError(f"a format named {row.name!r} exists already", hint="choose another name")
+    FORMATS[row.name] = row
+    return row
+
+
+def get_format(name: str) -> Format:
+    """The row of that name. Raises `ConfigError` with near names."""
+    if name not in FORMATS:
+        near = difflib.get_close_matches(name, FORMATS, n=3) or list(FORMATS)
+        raise ConfigError(f"unknown format {name!r}", hint="one of " + ", ".join(near))
+    return FORMATS[name]
+
+
+def _integer(bits: int) -> Format:
+    return Format(
+        name=f"int{bits}",
+        bits=bits,
+        storage="affine",
+        numerics_module="llmquant.primitives.affine",
+        dtype=getattr(torch, f"int{bits}"),
+        group_size=128 if bits == 4 else None,
+        asymmetric=True,
+        # One bit is a sign: its two codes lie around zero.
+        midpoint=0.5 if bits == 1 else float(2 ** (bits - 1)),
+        algorithms=("search", "rtn"),
+    )
+
+
+def _float8(name: str, dtype: torch.dtype) -> Format:
+    return Format(
+        name=name,
+        bits=8,
+        storage="scaled",
+        numerics_module="llmquant.primitives.lowfloat",
+        dtype=dtype,
+        granularities=("row", "tensor"),
+    )
+
+
+for _bits in range(1, 9):
+    register_format(_integer(_bits))
+register_format(_float8("float8", torch.float8_e4m3fn))
+register_format(_float8("float8-e5m2", torch.float8_e5m2))

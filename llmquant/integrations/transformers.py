@@ -1,0 +1,323 @@
+"""The quantizer plug-in of transformers: load, save, re-save and quantize while loading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llmquant.checkpoint.manifest import METHOD, check_version, new_manifest, shard_metadata, verify
+from llmquant.checkpoint.state import assemble, component_key, expected, state_dict
+from llmquant.config import recipe
+from llmquant.config.fqn import FqnToConfig
+from llmquant.config.schemes import WeightOnlyConfig
+from llmquant.errors import CheckpointError, ConfigError
+from llmquant.quantize import (
+    AFTER_QUANTIZE,
+    QuantizationReport,
+    make_plan,
+    quantize_weight,
+    replace_weight,
+    report_weight,
+)
+from llmquant.tensor import QuantizedTensor
+
+
+class LlmQuantConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a model.
+
+    Args:
+        config: what `quantize_` takes: a scheme (`"int4-g64"`), a recipe's name or path, a config, an `FqnToConfig`,
+            or a mapping of keys to schemes.
+        **manifest: the other fields of a saved manifest, as read from config.json.
+    """
+
+    def __init__(self, config: Any = None, **manifest: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.manifest = manifest | {"quant_method": METHOD}
+        self.config = {} if config is None else recipe.to_dict(recipe.to_config(config))
+
+    @property
+    def fqn_to_config(self) -> FqnToConfig:
+        """What to do to which weight."""
+        if not self.config:
+            raise ConfigError("LlmQuantConfig() does not say what to do", hint='for instance LlmQuantConfig("int4-g64")')
+        return recipe.to_config(self.config)
+
+    @property
+    def weights(self) -> Mapping[str, Any]:
+        """The manifest's entries, by FQN; empty before a model is saved."""
+        return self.manifest.get("weights", {})
+
+    def renew(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """A manifest of these weights with a new save id; it becomes what `to_dict` gives."""
+        self.manifest = new_manifest(self.config, entries)
+        return self.manifest
+
+    def to_dict(self) -> dict[str, Any]:
+        """The manifest as it stands in config.json."""
+        return {**self.manifest, "config": self.config}
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+
+class LlmQuantizer(HfQuantizer):
+    """What transformers calls while it loads and saves a model."""
+
+    requires_calibration = False
+    quantization_config: LlmQuantConfig
+
+    def __init__(self, quantization_config: LlmQuantConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.report = QuantizationReport()
+        self._chosen: dict[str, tuple[WeightOnlyConfig, bool]] = {}  # FQN -> config, transposed
+        self._names: dict[str, tuple[str, ...]] = {}
+
+    # --- loading --------------------------------------------------------------------------------------
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses what cannot work before anything is read."""
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, Mapping) and "disk" in device_map.values():
+            raise ConfigError(
+                "quantized weights cannot be offloaded to disk", where="device_map", hint="use cpu instead of disk"
+            )
+        if self.pre_quantized:
+            check_version(self.quantization_config.manifest, "config.json")
+        else:
+            _ = self.quantization_config.fqn_to_config
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Experts run one by one: the grouped product of transformers does not know packed weights."""
+        config._experts_implementation = "eager"
+        return config
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.pre_quantized:
+            verify(self.quantization_config.weights and self.quantization_config.to_dict(), self._files(kwargs))
+        else:
+            plan = make_plan(model, self.quantization_config.fqn_to_config)
+            for candidate, config in plan.chosen:
+                for fqn in candidate.fqns:
+                    self._chosen[fqn] = (config, candidate.transposed)
+                    self._names[fqn] = candidate.fqns
+            self.report.skipped, self.report.warnings = plan.skipped(model), plan.resolution.warnings
+        return model
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter is to be quantized while it is loaded, or arrives quantized."""
+        return param_name in (self.quantization_config.weights if self.pre_quantized else self._chosen)
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes an element will take, so that `device_map="auto"` plans with true sizes."""
+        described = self.quantization_config.weights.get(param_name)
+        if described is not None:
+            sizes = expected(param_name, described).values()
+            return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in sizes) / max(param.numel(), 1)
+        if param_name in self._chosen:
+            config, transposed = self._chosen[param_name]
+            spec = config.spec(*(param.shape[-2:] if not transposed else param.shape[:-3:-1]))
+            block = spec.block[0] * spec.block[1]
+            return spec.format.bits / 8 + spec.scale_dtype.itemsize / max(block, 1)
+        return param.element_size()
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The operation that quantizes one parameter after it was read."""
+        return _Quantize(self)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """A quantized checkpoint is keyed by the model's own names; a plain one goes through the model's mapping."""
+        if not self.pre_quantized:
+            return weight_conversions
+        return [_Gather(self._gathered(), [_Assemble(self)])]
+
+    def _gathered(self) -> _Keys:
+        return _Keys(
+            {
+                component_key(fqn, name): (fqn, name)
+                for fqn in self.quantization_config.weights
+                for name in _Gather.COMPONENTS
+            }
+        )
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._quantize_the_rest(model)
+        # Saving writes the model's own names again, so there is nothing to revert.
+        model._weight_conversions = []
+        if not self.pre_quantized:
+            self.report.bytes_after = sum(p.nbytes for p in model.parameters())
+        return model
+
+    def _quantize_the_rest(self, model: Any) -> None:
+        """Weights that did not pass through `get_quantize_ops` (absent from the file, or split from another)."""
+        for fqn, names in self._names.items():
+            weight = model.get_parameter(fqn)
+            if fqn == names[0] and not isinstance(weight, QuantizedTensor):
+                replace_weight(model, names, self.quantize(fqn, weight))
+
+    def quantize(self, fqn: str, weight: Tensor) -> QuantizedTensor:
+        """Quantizes one parameter as planned and reports it."""
+        config, transposed = self._chosen[fqn]
+        quantized = quantize_weight(weight, config, transposed=transposed)
+        self.report.bytes_before += weight.nbytes
+        self.report.quantized[fqn] = report_weight(self._names[fqn], quantized, config, weight.nbytes)
+        return quantized
+
+    # --- saving ---------------------------------------------------------------------------------------
+
+    def is_serializable(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Frozen weights with adapters on top can be trained."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The subclasses are traceable."""
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Plain tensors under the model's own names, and what binds each shard to config.json."""
+        tensors, entries = state_dict(model)
+        manifest = self.quantization_config.renew(entries)
+        model.config.quantization_config = self.quantization_config
+        model._weight_conversions = []
+        return tensors, shard_metadata(manifest)
+
+    # --- leaving --------------------------------------------------------------------------------------
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        replaced: dict[int, nn.Parameter] = {}
+        for name, weight in list(model.named_parameters(remove_duplicate=False)):
+            if isinstance(weight, QuantizedTensor):
+                if id(weight) not in replaced:
+                    replaced[id(weight)] = nn.Parameter(weight.dequantize(dtype), requires_grad=False)
+                path, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(path), attribute, replaced[id(weight)])
+        if hasattr(model, "_weight_conversions"):
+            del model._weight_conversions  # a plain model saves under its original names again
+        return model
+
+    @staticmethod
+    def _files(kwargs: Mapping[str, Any]) -> list[str]:
+        files = kwargs.get("checkpoint_files") or []
+        if not all(str(f).endswith(".safetensors") for f in files):
+            raise CheckpointError("a quantized checkpoint is stored in safetensors", where=str(files))
+        return list(files)
+
+
+class _Quantize(ConversionOps):
+    """Quantizes the parameters that one or more tensors of the file turned into."""
+
+    def __init__(self, quantizer: LlmQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def __deepcopy__(self, memo: Any) -> _Quantize:
+        return self
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {fqn: self._one(fqn, value, kwargs["model"]) for fqn, value in input_dict.items()}
+
+    def _one(self, fqn: str, value: Any, model: Any) -> Any:
+        value = value[0] if isinstance(value, list) else value
+        if fqn not in self.quantizer._chosen:
+            return value
+        dtype = model.get_parameter(fqn).dtype
+        value = value if value.dtype == dtype else value.to(dtype)
+        return nn.Parameter(self.quantizer.quantize(fqn, value), requires_grad=False)
+
+
+class _Assemble(ConversionOps):
+    """Puts the components of one weight together."""
+
+    def __init__(self, quantizer: LlmQuantizer) -> None:
+        # The attribute's name tells transformers to leave the components' dtypes alone.
+        self.hf_quantizer = quantizer
+
+    def __deepcopy__(self, memo: Any) -> _Assemble:
+        return self
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        name, model = kwargs["full_layer_name"], kwargs["model"]
+        entries = self.hf_quantizer.quantization_config.weights
+        fqn = name if name in entries else _with_prefix(name, model, entries)
+        tensors = {component_key(fqn, field): tensors[0] for field, tensors in input_dict.items()}
+        weight = assemble(fqn, entries[fqn], tensors, model.get_parameter(name).dtype)
+        return {name: nn.Parameter(weight, requires_grad=False)}
+
+
+class _Keys(dict[str, tuple[str, str]]):
+    """Checkpoint key -> (FQN, component). Shared, never copied: transformers copies converters for every parameter."""
+
+    def __deepcopy__(self, memo: Any) -> _Keys:
+        return self
+
+
+class _Gather(WeightConverter):
+    """Collects the components of each quantized weight, by exact keys instead of patterns."""
+
+    COMPONENTS = ("qdata", "scale", "zero_point")
+    __slots__ = ("keys",)
+
+    def __init__(self, keys: _Keys, operations: list[ConversionOps]) -> None:
+        super().__init__(list(self.COMPONENTS), ["weight"], operations)
+        self.keys = keys
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        return self.keys.get(source_key, (source_key, None))
+
+
+def _with_prefix(name: str, model: Any, entries: Mapping[str, Any]) -> str:
+    """The manifest's name of a parameter, where a base model is loaded from a model with a head or the reverse."""
+    prefix = f"{model.base_model_prefix}."
+    found = prefix + name if prefix + name in entries else name.removeprefix(prefix)
+    if found not in entries:
+        raise CheckpointError("the manifest does not list this weight", where=name)
+    return found
+
+
+def attach(model: nn.Module, config: FqnToConfig, report: QuantizationReport | None = None) -> None:
+    """Makes a transformers model that was quantized in memory ready for `save_pretrained`, `dequantize` and use."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return
+    quantizer = LlmQuantizer(LlmQuantConfig(config), pre_quantized=True)
+    quantizer.report = report or quantizer.report
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    model.config.quantization_config = quantizer.quantization_config
+    model.quantization_method = METHOD  # type: ignore[assignment]
+    model.is_quantized = True  # type: ignore[assignment]
+    model.set_experts_implementation("eager")
+
+
+def register() -> None:
+    """Tells transformers about the method, and `quantize_` about transformers. Safe to call twice."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(LlmQuantConfig)
+        register_quantizer(METHOD)(LlmQuantizer)
+    if attach not in AFTER_QUANTIZE:
+        AFTER_QUANTIZE.append(attach)
+
+
+def load(path: str | Path, **kwargs: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained(path, **kwargs)`, with llmquant registered."""
+    from transformers import AutoModelForCausalLM
+
+    register()
+    return AutoModelForCausalLM.from_pretrained(path, **kwargs)

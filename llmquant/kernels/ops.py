@@ -1,0 +1,129 @@
+"""The operators `torch.ops.llmquant.*`: schema, checks, fake and gradient of each. Backends only compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmquant.formats import get_format
+from llmquant.kernels import reference
+from llmquant.kernels.packed import Packed
+from llmquant.primitives.blocks import block_counts
+
+_PACKED = "Tensor qdata, Tensor scale, Tensor? zero_point, str format, int[2] block, SymInt columns"
+
+LIBRARY = torch.library.Library("llmquant", "DEF")
+LIBRARY.define(f"linear(Tensor x, {_PACKED}, Tensor? bias=None) -> Tensor")
+LIBRARY.define(f"matmul(Tensor x, {_PACKED}) -> Tensor")
+LIBRARY.define(f"embedding(Tensor indices, {_PACKED}, ScalarType dtype) -> Tensor")
+
+
+def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    """x [..., K], weight [N, K], bias [N] -> [..., N] in x's dtype. Differentiable in x and bias."""
+    return torch.ops.llmquant.linear(x, *weight, bias)
+
+
+def matmul(x: Tensor, weight: Packed) -> Tensor:
+    """x [..., N], weight [N, K] -> [..., K] in x's dtype. Differentiable in x."""
+    return torch.ops.llmquant.matmul(x, *weight)
+
+
+def embedding(indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
+    """indices [...] int32 or int64, weight [N, K] -> [..., K] in `dtype`."""
+    return torch.ops.llmquant.embedding(indices, *weight, dtype)
+
+
+def check_packed(weight: Packed) -> None:
+    """Raises `RuntimeError` where the tensors of a packed matrix do not fit each other."""
+    fmt = get_format(weight.format)
+    along = block_counts(weight.rows, weight.columns, weight.block)
+    torch._check(weight.qdata.dtype == torch.uint8, lambda: f"qdata must be uint8, not {weight.qdata.dtype}")
+    torch._check(
+        weight.qdata.shape[1:] == (fmt.row_bytes(weight.columns),),
+        lambda: f"qdata {tuple(weight.qdata.shape)} cannot hold rows of {weight.columns} {fmt.name} codes",
+    )
+    torch._check(
+        tuple(weight.scale.shape) == along,
+        lambda: f"scale {tuple(weight.scale.shape)} does not fit {along[0]} x {along[1]} blocks",
+    )
+    if weight.zero_point is not None:
+        torch._check(
+            tuple(weight.zero_point.shape) == (along[0], fmt.row_bytes(along[1])),
+            lambda: f"zero_point {tuple(weight.zero_point.shape)} does not fit {along[0]} x {along[1]} blocks",
+        )
+
+
+def _check_float_input(name: str, x: Tensor, width: int) -> None:
+    torch._check(x.is_floating_point(), lambda: f"llmquant::{name} needs a floating input, not {x.dtype}")
+    torch._check(
+        x.dim() >= 1 and x.shape[-1] == width,
+        lambda: f"llmquant::{name}: input {tuple(x.shape)} does not end in {width}",
+    )
+
+
+def _linear(x: Tensor, *args: Any) -> Tensor:
+    weight, bias = Packed(*args[:6]), args[6] if len(args) > 6 else None
+    check_packed(weight)
+    _check_float_input("linear", x, weight.columns)
+    torch._check(
+        bias is None or tuple(bias.shape) == (weight.rows,),
+        lambda: f"llmquant::linear: bias {tuple(bias.shape)} does not fit {weight.rows} rows",
+    )
+    return reference.linear(x, weight, bias)
+
+
+def _matmul(x: Tensor, *args: Any) -> Tensor:
+    weight = Packed(*args)
+    check_packed(weight)
+    _check_float_input("matmul", x, weight.rows)
+    return reference.matmul(x, weight)
+
+
+def _embedding(indices: Tensor, *args: Any) -> Tensor:
+    weight, dtype = Packed(*args[:6]), args[6]
+    check_packed(weight)
+    torch._check(
+        indices.dtype in (torch.int32, torch.int64),
+        lambda: f"llmquant::embedding: indices must be int32 or int64, not {indices.dtype}",
+    )
+    return reference.embedding(indices, weight, dtype)
+
+
+def _linear_fake(x: Tensor, qdata: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], qdata.shape[0])
+
+
+def _matmul_fake(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], Packed(*args).columns)
+
+
+def _embedding_fake(indices: Tensor, *args: Any) -> Tensor:
+    return indices.new_empty(*indices.shape, Packed(*args[:6]).columns, dtype=args[6])
+
+
+def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.weight = Packed(*inputs[1:7])
+    ctx.bias_dtype = inputs[7].dtype if len(inputs) > 7 and inputs[7] is not None else None
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = matmul(grad, ctx.weight) if ctx.needs_input_grad[0] else None
+    grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[7] else None
+    return grad_x, None, None, None, None, None, None, grad_bias
+
+
+def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return linear(grad, ctx.weight), None, None, None, None, None, None
+
+
+for _name, _impl, _fake in (
+    ("linear", _linear, _linear_fake),
+    ("matmul", _matmul, _matmul_fake),
+    ("embedding", _embedding, _embedding_fake),
+):
+    LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"llmquant::{_name}", _fake, lib=LIBRARY)
+torch.library.register_autograd("llmquant::linear", _linear_backward, setup_context=_save_weight, lib=LIBRARY)
+torch.library.register_autograd("llmquant::matmul", _matmul_backward, setup_context=_save_weight, lib=LIBRARY)

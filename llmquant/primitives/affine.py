@@ -1,0 +1,124 @@
+"""Affine integers of 1 to 8 bits: value = (code - zero) * scale, all in float32.
+
+Codes are unsigned. `zero` is the block's zero point, or the format's midpoint: 2^(b-1), and 1/2 for
+one bit, whose two codes then mean -scale/2 and +scale/2 (sign times mean magnitude).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from llmquant.formats import Format
+from llmquant.primitives.granularity import MappingType
+from llmquant.primitives.spec import QParams, QuantSpec
+
+
+def choose_qparams(x: Tensor, importance: Tensor, spec: QuantSpec) -> QParams:
+    """The plain rule: min/max for asymmetric codes, full range for symmetric ones, mean magnitude for one bit."""
+    if spec.mapping is MappingType.ASYMMETRIC:
+        return _min_max(x, spec)
+    if spec.format.bits == 1:
+        # max() only meets blocks of pure padding, which do not exist on disk.
+        mean = (x.abs() * importance).sum(-1) / importance.sum(-1).clamp(min=torch.finfo(x.dtype).tiny)
+        return QParams(stored(2 * mean, spec.scale_dtype))
+    return QParams(stored(full_range_scale(x, spec.format), spec.scale_dtype))
+
+
+def encode(x: Tensor, qparams: QParams, fmt: Format) -> Tensor:
+    """[B, G, n] float32 -> uint8 codes: round to nearest even against the stored scale, then clamp."""
+    scaled = x * inverse(qparams.scale).unsqueeze(-1)
+    return scaled.add_(_zero(qparams, fmt)).round_().clamp_(0, fmt.top_code).to(torch.uint8)
+
+
+def decode(codes: Tensor, qparams: QParams, fmt: Format) -> Tensor:
+    """[B, G, n] uint8 codes -> float32 values."""
+    return codes.float().sub_(_zero(qparams, fmt)).mul_(qparams.scale.float().unsqueeze(-1))
+
+
+def candidates(x: Tensor, importance: Tensor, spec: QuantSpec) -> Iterator[QParams]:
+    """Scales around the plain rule's, each refitted to its codes by weighted least squares.
+
+    For codes L and zero z the best scale is sum(w x (L - z)) / sum(w (L - z)^2). The same idea as
+    llama.cpp's `make_qx_quants` and auto-round's optimised RTN.
+    """
+    plain = choose_qparams(x, importance, spec)
+    if spec.format.bits == 1 and plain.zero_point is None:
+        return  # two codes: the plain rule is the least-squares solution already
+    start = plain.scale.float()
+    for zero_point in _zero_points(plain, spec.format):
+        for ratio in _RATIOS[spec.format.bits]:
+            trial = QParams(start * ratio, zero_point)
+            distance = encode(x, trial, spec.format).float().sub_(_zero(trial, spec.format))
+            yield QParams(_least_squares(x, distance, importance, spec), zero_point)
+
+
+def largest_scaled(fmt: Format) -> float:
+    """The largest magnitude that a scale of 1.0 can represent."""
+    return fmt.top_code - fmt.midpoint if fmt.bits == 1 else fmt.midpoint
+
+
+def full_range_scale(x: Tensor, fmt: Format) -> Tensor:
+    """[B, G, n] -> [B, G]: the element of largest magnitude gets the lowest code, which has no positive twin.
+
+    The scale takes the opposite sign of that element, as in llama.cpp's q4_0.
+    """
+    low, high = torch.aminmax(x, dim=-1)
+    return torch.where(high > -low, high, low) / -fmt.midpoint
+
+
+def inverse(scale: Tensor) -> Tensor:
+    """1 / scale in float32, and 0 for the scale 0 of a block of zeros."""
+    scale = scale.float()
+    return torch.where(scale == 0, scale, 1 / scale)
+
+
+def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale in the dtype it is stored in, kept finite."""
+    limit = torch.finfo(dtype).max
+    return scale.clamp(-limit, limit).to(dtype)
+
+
+# How far each width looks around the plain scale. Few bits gain from clipping the extremes, many do not.
+_RATIOS = {
+    bits: [low + (high - low) * i / (steps - 1) for i in range(steps)]
+    for bits, (low, high, steps) in {
+        1: (0.4, 1.1, 15),
+        2: (0.5, 1.3, 17),
+        3: (0.6, 1.2, 17),
+        4: (0.75, 1.15, 17),
+        5: (0.85, 1.08, 13),
+        6: (0.9, 1.05, 9),
+        7: (0.95, 1.03, 7),
+        8: (0.97, 1.02, 5),
+    }.items()
+}
+
+
+def _min_max(x: Tensor, spec: QuantSpec) -> QParams:
+    low, high = torch.aminmax(x, dim=-1)
+    low, high = low.clamp(max=0), high.clamp(min=0)  # zero must have a code
+    scale = stored((high - low) / spec.format.top_code, spec.scale_dtype)
+    zero_point = (-low * inverse(scale)).round_().clamp_(0, spec.format.top_code)
+    return QParams(scale, zero_point.to(torch.uint8))
+
+
+def _zero(qparams: QParams, fmt: Format) -> Tensor | float:
+    return fmt.midpoint if qparams.zero_point is None else qparams.zero_point.float().unsqueeze(-1)
+
+
+def _zero_points(plain: QParams, fmt: Format) -> Iterator[Tensor | None]:
+    """The plain zero point and, where there is one, its two neighbours."""
+    if plain.zero_point is None:
+        yield None
+        return
+    for step in (0, -1, 1):
+        yield (plain.zero_point.int() + step).clamp_(0, fmt.top_code).to(torch.uint8)
+
+
+def _least_squares(x: Tensor, distance: Tensor, importance: Tensor, spec: QuantSpec) -> Tensor:
+    weighted = distance * importance
+    energy = (weighted * distance).sum(-1)
+    return stored(torch.where(energy == 0, energy, (weighted * x).sum(-1) / energy), spec.scale_dtype)

@@ -1,0 +1,76 @@
+"""Which elements of a weight share a scale. Always said of the logical [out, in] matrix."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from llmquant.errors import ConfigError
+
+
+class MappingType(enum.Enum):
+    """Whether zero sits in the middle of the code range or is shifted by a zero point."""
+
+    SYMMETRIC = "symmetric"
+    ASYMMETRIC = "asymmetric"
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """Base of all granularities."""
+
+
+@dataclass(frozen=True)
+class PerTensor(Granularity):
+    """One scale for the whole matrix (for each expert of a 3-D weight)."""
+
+
+@dataclass(frozen=True)
+class PerAxis(Granularity):
+    """One scale per index of `axis`. Weights know axis 0: one scale per output row."""
+
+    axis: int = 0
+
+
+@dataclass(frozen=True)
+class PerGroup(Granularity):
+    """One scale per `group_size` neighbours along a row; the last group of a row may be shorter."""
+
+    group_size: int
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1:
+            raise ConfigError(f"group_size must be at least 1, not {self.group_size}")
+
+
+@dataclass(frozen=True)
+class PerToken(Granularity):
+    """One scale per token of an activation. Not a granularity of weights."""
+
+
+def PerRow() -> PerAxis:
+    """One scale per output row: another name of `PerAxis(0)`."""
+    return PerAxis(0)
+
+
+def granularity_name(granularity: Granularity) -> str:
+    """`group`, `row` or `tensor`. Raises `ConfigError` for what weights cannot have."""
+    match granularity:
+        case PerGroup():
+            return "group"
+        case PerAxis(0):
+            return "row"
+        case PerTensor():
+            return "tensor"
+    raise ConfigError(f"weights cannot be quantized {granularity}", hint="PerGroup(n), PerRow() or PerTensor()")
+
+
+def block_shape(granularity: Granularity, rows: int, columns: int) -> tuple[int, int]:
+    """(rows, columns) of one block of the [out, in] matrix that shares a scale."""
+    match granularity_name(granularity):
+        case "row":
+            return 1, columns
+        case "tensor":
+            return rows, columns
+    assert isinstance(granularity, PerGroup)
+    return 1, min(granularity.group_size, columns)

@@ -1,0 +1,24 @@
+"""Quantized weights as tensor subclasses: one class a kind of storage, thin named ones on top."""
+
+from __future__ import annotations
+
+import torch
+
+from llmquant.formats import Format
+from llmquant.tensor import ops as _ops  # noqa: F401  (fills the dispatch tables)
+from llmquant.tensor.affine import AffineTensor, Int4Tensor, Int8Tensor, IntxTensor
+from llmquant.tensor.base import Meta, QuantizedTensor, _rebuild
+from llmquant.tensor.scaled import Float8Tensor, ScaledTensor
+
+STORAGE: dict[str, type[QuantizedTensor]] = {"affine": AffineTensor, "scaled": ScaledTensor}
+NAMED: tuple[type[QuantizedTensor], ...] = (Int4Tensor, Int8Tensor, IntxTensor, Float8Tensor)
+
+
+def tensor_class(fmt: Format) -> type[QuantizedTensor]:
+    """The named class of a format, or the plain class of its kind of storage."""
+    return next((named for named in NAMED if fmt.name in named.formats), STORAGE[fmt.storage])
+
+
+torch.serialization.add_safe_globals([*STORAGE.values(), *NAMED, Meta, _rebuild])
+
+__all__ = ["NAMED", "STORAGE", "AffineTensor", "Meta", "QuantizedTensor", "ScaledTensor", "tensor_class"]

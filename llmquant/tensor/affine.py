@@ -1,0 +1,29 @@
+"""Integer codes with a scale and perhaps a zero point a block."""
+
+from __future__ import annotations
+
+from llmquant.tensor.base import Field, QuantizedTensor
+
+
+class AffineTensor(QuantizedTensor):
+    """value = (code - zero point) * scale; without zero points zero is the format's midpoint."""
+
+    fields = (*QuantizedTensor.fields, Field("zero_point", per="block", packed=True, optional=True))
+
+
+class Int4Tensor(AffineTensor):
+    """Four-bit codes."""
+
+    formats = ("int4",)
+
+
+class Int8Tensor(AffineTensor):
+    """Eight-bit codes."""
+
+    formats = ("int8",)
+
+
+class IntxTensor(AffineTensor):
+    """Codes of any other width from one to seven bits."""
+
+    formats = ("int1", "int2", "int3", "int5", "int6", "int7")

@@ -1,0 +1,232 @@
+"""The base of all quantized tensors: fields are declared once, everything else loops over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from llmquant.errors import UnsupportedOpError
+from llmquant.formats import Format, get_format
+from llmquant.kernels import registry
+from llmquant.kernels.packed import Packed
+
+
+@dataclass(frozen=True)
+class Field:
+    """One inner tensor of a quantized tensor.
+
+    Attributes:
+        name: the attribute; on disk its suffix (`qdata` goes under the weight's own key).
+        per: one entry an `element` of the weight, or one a `block` that shares a scale.
+        packed: whether entries are codes packed at the format's bits along the last dimension.
+        optional: whether it may be None.
+    """
+
+    name: str
+    per: str
+    packed: bool
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What the inner tensors alone do not say.
+
+    Attributes:
+        format: a name in the table of formats.
+        block: (rows, columns) of the logical [out, in] matrix that share a scale.
+        columns: length of a logical row, in weights.
+        transposed: whether the tensor stands as [..., in, out].
+    """
+
+    format: str
+    block: tuple[int, int]
+    columns: int
+    transposed: bool = False
+
+
+class QuantizedTensor(torch.Tensor):
+    """A weight of shape [..., out, in] kept as packed codes and their parameters.
+
+    It has a floating dtype (that of `dequantize()`), never requires a gradient, and takes over linear,
+    embedding and matrix products. What it does not support raises `UnsupportedOpError`.
+
+    Args:
+        tensors: the inner tensors by field name, in the neutral layout of `kernels.packed.Packed`, with any
+            leading dimensions (experts) in front.
+        meta: see `Meta`.
+        dtype: the floating dtype it stands for.
+    """
+
+    fields: ClassVar[tuple[Field, ...]] = (
+        Field("qdata", per="element", packed=True),
+        Field("scale", per="block", packed=False),
+    )
+    formats: ClassVar[tuple[str, ...]] = ()
+
+    qdata: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+    meta: Meta
+
+    @staticmethod
+    def __new__(cls, tensors: Mapping[str, Tensor | None], meta: Meta, dtype: torch.dtype) -> QuantizedTensor:
+        qdata = tensors["qdata"]
+        assert qdata is not None
+        shape = [*qdata.shape[:-1], meta.columns]
+        if meta.transposed:
+            shape[-2:] = shape[:-3:-1]
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
+        )
+
+    def __init__(self, tensors: Mapping[str, Tensor | None], meta: Meta, dtype: torch.dtype) -> None:
+        for field in self.fields:
+            setattr(self, field.name, tensors.get(field.name))
+        self.meta = meta
+
+    # --- the fields -----------------------------------------------------------------------------------
+
+    def inner(self) -> Iterator[tuple[Field, Tensor]]:
+        """The fields that are present, with their tensors."""
+        for field in self.fields:
+            tensor = getattr(self, field.name)
+            if tensor is not None:
+                yield field, tensor
+
+    def rebuild(
+        self, change: Callable[[Field, Tensor], Tensor], dtype: torch.dtype | None = None, **meta: Any
+    ) -> QuantizedTensor:
+        """A tensor like this one with every inner tensor changed, and perhaps some of its `Meta`."""
+        tensors = {field.name: change(field, tensor) for field, tensor in self.inner()}
+        return type(self)(tensors, replace(self.meta, **meta), dtype or self.dtype)
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Meta, torch.dtype]]:
+        return [field.name for field, _ in self.inner()], (self.meta, self.dtype)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict[str, Tensor], context: tuple[Meta, torch.dtype], outer_size: Any, outer_stride: Any
+    ) -> QuantizedTensor:
+        del outer_size, outer_stride
+        return cls(inner, *context)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
+        if id(self) not in memo:
+            copy = self.rebuild(lambda _, t: t.clone())
+            copy.__dict__.update({k: v for k, v in self.__dict__.items() if k not in copy.__dict__})
+            memo[id(self)] = copy
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        tensors = {field.name: tensor for field, tensor in self.inner()}
+        return _rebuild, (type(self), tensors, self.meta, self.dtype, getattr(self, "_is_param", False))
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        m = self.meta
+        group = "x".join(map(str, m.block))
+        extra = ", transposed" if m.transposed else ""
+        return (
+            f"{type(self).__name__}({m.format}, shape={tuple(self.shape)}, block={group}, "
+            f"scale={str(self.scale.dtype).removeprefix('torch.')}, "
+            f"{'asymmetric' if self.zero_point is not None else 'symmetric'}{extra}, "
+            f"dtype={str(self.dtype).removeprefix('torch.')}, device={self.device})"
+        )
+
+    # --- size and storage -----------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """True bytes of all inner tensors."""
+        return sum(tensor.nbytes for _, tensor in self.inner())
+
+    def element_size(self) -> float:  # type: ignore[override]
+        """Bytes an element, usually no integer: `numel() * element_size()` is `nbytes`."""
+        return self.nbytes / max(self.numel(), 1)
+
+    def data_ptr(self) -> int:
+        """Where the codes lie, so that tools which compare addresses tell weights apart."""
+        return self.qdata.data_ptr()
+
+    def share_memory_(self) -> QuantizedTensor:
+        """Moves the inner tensors to shared memory."""
+        for _, tensor in self.inner():
+            tensor.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether all inner tensors lie in shared memory."""
+        return all(tensor.is_shared() for _, tensor in self.inner())
+
+    # --- meaning --------------------------------------------------------------------------------------
+
+    @property
+    def format(self) -> Format:
+        """The row of the table of formats."""
+        return get_format(self.meta.format)
+
+    def packed(self) -> Packed:
+        """The logical [out, in] matrix for kernels; the tensor must have two dimensions."""
+        assert self.dim() == 2, "kernels take one matrix"
+        m = self.meta
+        return Packed(self.qdata, self.scale, self.zero_point, m.format, m.block, m.columns)
+
+    def kernel(self) -> registry.Choice:
+        """Which kernel serves this weight, and why."""
+        return registry.choose(self.meta.format, self.meta.block, self.meta.columns, self.device.type)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+        """A plain tensor of the same shape: decoded in float32, then rounded to `dtype` (default: own dtype)."""
+        dtype = dtype or self.dtype
+        if self.dim() > 2:
+            return torch.stack([self[i].dequantize(dtype) for i in range(self.shape[0])])
+        matrix = self.packed()
+        out = torch.empty(matrix.rows, matrix.columns, dtype=dtype, device=self.device)
+        for start, stop in matrix.panels():
+            out[start:stop] = matrix.panel(start, stop).dequantize()
+        return out.t() if self.meta.transposed else out
+
+    # --- dispatch -------------------------------------------------------------------------------------
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handler = FUNCTIONS.get(func)
+        if handler is not None:
+            return handler(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handler = DISPATCH.get(func.overloadpacket, unsupported)
+        return handler(func, *args, **(kwargs or {}))
+
+
+# Filled by `tensor.ops` (one table for functions, one for aten operators by overload packet).
+FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+DISPATCH: dict[Any, Callable[..., Any]] = {}
+
+
+def unsupported(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuses an operator: nothing is dequantized in silence."""
+    tensors = [a for a in args if isinstance(a, QuantizedTensor)]
+    lists = [t for a in args if isinstance(a, (list, tuple)) for t in a if isinstance(t, QuantizedTensor)]
+    which = (tensors + lists)[:1]
+    raise UnsupportedOpError(
+        f"{func} is not supported for {which[0].meta.format if which else 'quantized'} weights",
+        where=repr(which[0]) if which else None,
+        hint="call .dequantize() first if a plain tensor is what you want",
+    )
+
+
+def _rebuild(
+    cls: type[QuantizedTensor], tensors: dict[str, Tensor], meta: Meta, dtype: torch.dtype, is_param: bool
+) -> QuantizedTensor:
+    tensor = cls(tensors, meta, dtype)
+    if is_param:
+        tensor._is_param = True
+    return tensor

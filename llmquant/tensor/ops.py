@@ -1,0 +1,299 @@
+"""What quantized tensors do for each function and aten operator. Anything not in these tables is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmquant.errors import UnsupportedOpError
+from llmquant.kernels import ops
+from llmquant.tensor import slicing
+from llmquant.tensor.base import DISPATCH, FUNCTIONS, QuantizedTensor, unsupported
+
+aten = torch.ops.aten
+
+
+def function(*targets: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a handler for torch functions; it gets their arguments."""
+
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        FUNCTIONS.update(dict.fromkeys(targets, handler))
+        return handler
+
+    return register
+
+
+def dispatch(*packets: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a handler for aten operators (all overloads); it gets the overload and its arguments."""
+
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        DISPATCH.update(dict.fromkeys(packets, handler))
+        return handler
+
+    return register
+
+
+# --- products -------------------------------------------------------------------------------------------
+
+
+@function(F.linear)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias for a quantized weight."""
+    if not isinstance(weight, QuantizedTensor) or isinstance(x, QuantizedTensor):
+        return unsupported(F.linear, x, weight)
+    if weight.meta.transposed:
+        out = ops.matmul(x, weight.packed())
+        return out if bias is None else out + bias
+    return ops.linear(x, weight.packed(), bias)
+
+
+@function(F.embedding)
+def embedding(
+    indices: Tensor,
+    weight: QuantizedTensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Rows of a quantized table, decoded to its dtype. Options about gradients do not matter: the table is frozen."""
+    del padding_idx, norm_type, scale_grad_by_freq, sparse
+    if max_norm is not None:
+        raise UnsupportedOpError("max_norm would rewrite the quantized table in place", where=repr(weight))
+    if weight.meta.transposed:
+        return unsupported(F.embedding, weight)
+    return ops.embedding(indices, weight.packed(), weight.dtype)
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y of two matrices, one of them quantized."""
+    if isinstance(x, QuantizedTensor):
+        if isinstance(y, QuantizedTensor):
+            return unsupported(aten.mm, x, y)
+        return product(y.t(), x.t()).t()
+    assert isinstance(y, QuantizedTensor)
+    return linear(x, y.t())
+
+
+@dispatch(aten.linear)
+def _linear(func: Any, *args: Any) -> Tensor:
+    return linear(*args)
+
+
+@dispatch(aten.embedding)
+def _embedding(func: Any, weight: QuantizedTensor, indices: Tensor, *_: Any) -> Tensor:
+    return embedding(indices, weight)
+
+
+@dispatch(aten.mm)
+def _mm(func: Any, x: Tensor, y: Tensor) -> Tensor:
+    return product(x, y)
+
+
+@dispatch(aten.mv)
+def _mv(func: Any, x: Tensor, y: Tensor) -> Tensor:
+    return product(x, y.unsqueeze(-1)).squeeze(-1)
+
+
+@dispatch(aten.matmul)
+def _matmul(func: Any, x: Tensor, y: Tensor) -> Tensor:
+    if isinstance(y, QuantizedTensor) and y.dim() == 2:
+        return linear(x, y.t())
+    if isinstance(x, QuantizedTensor) and x.dim() == 2 and y.dim() <= 2:
+        return product(x, y) if y.dim() == 2 else _mv(func, x, y)
+    return _bmm(func, x, y) if x.dim() == y.dim() == 3 else unsupported(func, x, y)
+
+
+@dispatch(aten.addmm)
+def _addmm(func: Any, bias: Tensor, x: Tensor, y: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if isinstance(y, QuantizedTensor) and beta == alpha == 1 and bias.dim() == 1:
+        return linear(x, y.t(), bias)
+    return beta * bias + alpha * product(x, y)
+
+
+@dispatch(aten.bmm)
+def _bmm(func: Any, x: Tensor, y: Tensor) -> Tensor:
+    return torch.stack([product(x[i], y[i]) for i in range(x.shape[0])])
+
+
+# --- shape ----------------------------------------------------------------------------------------------
+
+
+@dispatch(aten.t, aten.transpose, aten.mT, aten.permute, aten.numpy_T)
+def _transpose(func: Any, w: QuantizedTensor, *dims: Any) -> QuantizedTensor:
+    order = list(range(w.dim()))
+    if func.overloadpacket is aten.permute:
+        order = [d % w.dim() for d in dims[0]]
+    else:
+        a, b = dims or (-2, -1)
+        order[a], order[b] = order[b], order[a]
+    straight = list(range(w.dim()))
+    if order == straight:
+        return _alike(func, w)
+    if order != [*straight[:-2], straight[-1], straight[-2]]:
+        return unsupported(func, w)
+    return w.rebuild(lambda _, t: t, transposed=not w.meta.transposed)
+
+
+@dispatch(aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias)
+def _view(func: Any, w: QuantizedTensor, shape: Any, *_: Any) -> QuantizedTensor:
+    known = [n for n in shape if n != -1]
+    if -1 in shape:
+        rest = 1
+        for n in known:
+            rest *= n
+        shape = [n if n != -1 else w.numel() // max(rest, 1) for n in shape]
+    shape = list(shape)
+    if shape == list(w.shape):
+        return _alike(func, w)
+    if w.meta.transposed or w.meta.block[0] != 1 or len(shape) < 2 or shape[-1] != w.meta.columns:
+        return unsupported(func, w)
+    return w.rebuild(lambda _, t: t.reshape(*shape[:-1], t.shape[-1]))
+
+
+@dispatch(aten.slice)
+def _slice(
+    func: Any, w: QuantizedTensor, dim: int = 0, start: int | None = None, stop: int | None = None, step: int = 1
+) -> QuantizedTensor:
+    if step != 1:
+        return unsupported(func, w)
+    axis = slicing.logical_axis(w, dim)
+    first, last, _ = slice(start, stop).indices(slicing.logical_size(w, axis))
+    return slicing.take_slice(w, axis, first, max(first, last))
+
+
+@dispatch(aten.narrow)
+def _narrow(func: Any, w: QuantizedTensor, dim: int, start: int, length: int) -> QuantizedTensor:
+    return _slice(func, w, dim, start, start + length)
+
+
+@dispatch(aten.split, aten.split_with_sizes)
+def _split(func: Any, w: QuantizedTensor, sizes: Any, dim: int = 0) -> list[QuantizedTensor]:
+    total = slicing.logical_size(w, slicing.logical_axis(w, dim))
+    if isinstance(sizes, int):
+        sizes = [min(sizes, total - i) for i in range(0, total, sizes)]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [_narrow(func, w, dim, start, size) for start, size in zip(starts, sizes, strict=True)]
+
+
+@dispatch(aten.chunk)
+def _chunk(func: Any, w: QuantizedTensor, chunks: int, dim: int = 0) -> list[QuantizedTensor]:
+    total = slicing.logical_size(w, slicing.logical_axis(w, dim))
+    return _split(func, w, -(-total // chunks), dim)
+
+
+@dispatch(aten.select)
+def _select(func: Any, w: QuantizedTensor, dim: int, index: int) -> QuantizedTensor:
+    return slicing.select(w, slicing.logical_axis(w, dim), index)
+
+
+@dispatch(aten.unbind)
+def _unbind(func: Any, w: QuantizedTensor, dim: int = 0) -> list[QuantizedTensor]:
+    return [_select(func, w, dim, i) for i in range(w.shape[dim])]
+
+
+@dispatch(aten.index)
+def _index(func: Any, w: QuantizedTensor, indices: list[Tensor | None]) -> QuantizedTensor:
+    picked = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if len(picked) != 1 or picked[0][1].dim() != 1:
+        return unsupported(func, w)
+    dim, index = picked[0]
+    if index.dtype == torch.bool:
+        index = index.nonzero().squeeze(-1)
+    return _index_select(func, w, dim, index)
+
+
+@dispatch(aten.index_select)
+def _index_select(func: Any, w: QuantizedTensor, dim: int, index: Tensor) -> QuantizedTensor:
+    size = w.shape[dim]
+    return slicing.take_rows(w, slicing.logical_axis(w, dim), torch.where(index < 0, index + size, index))
+
+
+@dispatch(aten.cat)
+def _cat(func: Any, tensors: list[Any], dim: int = 0) -> QuantizedTensor:
+    if not all(isinstance(t, QuantizedTensor) for t in tensors):
+        return unsupported(func, tensors)
+    return slicing.join(tensors, slicing.logical_axis(tensors[0], dim))
+
+
+# --- copies, dtype, device ------------------------------------------------------------------------------
+
+
+@dispatch(aten.detach, aten.alias)
+def _alike(func: Any, w: QuantizedTensor) -> QuantizedTensor:
+    return w.rebuild(lambda _, t: t)
+
+
+@dispatch(aten.clone)
+def _clone(func: Any, w: QuantizedTensor, **_: Any) -> QuantizedTensor:
+    return w.rebuild(lambda _, t: t.clone())
+
+
+@dispatch(aten.empty_like)
+def _empty_like(
+    func: Any, w: QuantizedTensor, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any
+) -> QuantizedTensor:
+    return w.rebuild(lambda _, t: torch.empty_like(t, device=device), _float_dtype(func, w, dtype))
+
+
+@dispatch(aten._to_copy)
+def _to_copy(
+    func: Any,
+    w: QuantizedTensor,
+    *,
+    dtype: torch.dtype | None = None,
+    device: Any = None,
+    non_blocking: bool = False,
+    **_: Any,
+) -> QuantizedTensor:
+    dtype = _float_dtype(func, w, dtype)
+    return w.rebuild(lambda _, t: t.to(device=device, non_blocking=non_blocking, copy=True), dtype)
+
+
+@dispatch(aten._pin_memory)
+def _pin_memory(func: Any, w: QuantizedTensor, *args: Any) -> QuantizedTensor:
+    return w.rebuild(lambda _, t: t.pin_memory(*args))
+
+
+@dispatch(aten.is_pinned)
+def _is_pinned(func: Any, w: QuantizedTensor, *args: Any) -> bool:
+    return all(t.is_pinned(*args) for _, t in w.inner())
+
+
+@dispatch(aten.copy_)
+def _copy(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    if not _same_kind(target, source):
+        return unsupported(func, target, source)
+    assert isinstance(target, QuantizedTensor)
+    for field, tensor in target.inner():
+        tensor.copy_(getattr(source, field.name), non_blocking)
+    return target
+
+
+@dispatch(aten.equal)
+def _equal(func: Any, a: Tensor, b: Tensor) -> bool:
+    if not _same_kind(a, b):
+        return False
+    assert isinstance(a, QuantizedTensor)
+    return all(torch.equal(tensor, getattr(b, field.name)) for field, tensor in a.inner())
+
+
+def _same_kind(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are quantized alike, so that their inner tensors correspond."""
+    return (
+        isinstance(a, QuantizedTensor)
+        and isinstance(b, QuantizedTensor)
+        and (a.meta, a.shape) == (b.meta, b.shape)
+        and [f.name for f, _ in a.inner()] == [f.name for f, _ in b.inner()]
+    )
+
+
+def _float_dtype(func: Any, w: QuantizedTensor, dtype: torch.dtype | None) -> torch.dtype:
+    if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return unsupported(f"{func} to {dtype}", w)
+    return dtype or w.dtype

@@ -1,0 +1,137 @@
+"""Slices, rows and joins of quantized tensors, all in the packed form.
+
+`axis` counts from the end of the logical [..., out, in] shape: -1 columns, -2 rows, lower ones experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llmquant.errors import UnsupportedOpError
+from llmquant.packing.bits import pack, unpack
+from llmquant.primitives.blocks import block_counts
+from llmquant.tensor.base import Field, QuantizedTensor
+
+
+def logical_axis(w: QuantizedTensor, dim: int) -> int:
+    """The dimension `dim` of the tensor as it stands, as an axis of the logical shape, counted from the end."""
+    if not -w.dim() <= dim < w.dim():
+        raise IndexError(f"dimension {dim} is out of range for {w!r}")
+    axis = dim if dim < 0 else dim - w.dim()
+    return -3 - axis if w.meta.transposed and axis >= -2 else axis
+
+
+def logical_size(w: QuantizedTensor, axis: int) -> int:
+    """Length of a logical axis."""
+    return w.meta.columns if axis == -1 else w.qdata.shape[axis]
+
+
+def take_slice(w: QuantizedTensor, axis: int, start: int, stop: int) -> QuantizedTensor:
+    """Elements start..stop of an axis. Rows and experts are views; columns too where they fall on whole bytes."""
+    if axis < -2:
+        return w.rebuild(lambda _, t: t.narrow(axis, start, stop - start))
+    side = axis + 2
+    size, step = logical_size(w, axis), w.meta.block[side]
+    blocks = _block_range(w, axis, start, stop, size, step)
+    shared = step >= size  # one block spans the axis: its parts keep the scale
+    block = (stop - start if side == 0 else w.meta.block[0], stop - start if side == 1 else w.meta.block[1])
+    meta = {"block": block} if shared else {}
+    if axis == -1:
+        meta["columns"] = stop - start  # type: ignore[assignment]
+
+    def cut(field: Field, tensor: Tensor) -> Tensor:
+        first, last = (start, stop) if field.per == "element" else blocks
+        if axis == -2 or not field.packed:
+            return tensor.narrow(axis, first, last - first)
+        length = size if field.per == "element" else -(-size // step)
+        return _cut_packed(tensor, w.format.bits, length, first, last)
+
+    return w.rebuild(cut, **meta)
+
+
+def take_rows(w: QuantizedTensor, axis: int, indices: Tensor) -> QuantizedTensor:
+    """Rows or experts picked by a 1-D index tensor, in its order; a copy."""
+    if axis == -1:
+        raise UnsupportedOpError("columns of a quantized weight cannot be picked by index", where=repr(w))
+    step = w.meta.block[0] if axis == -2 else 1
+
+    def pick(field: Field, tensor: Tensor) -> Tensor:
+        return tensor.index_select(axis, indices if field.per == "element" else indices // step)
+
+    return w.rebuild(pick, block=(1, w.meta.block[1]) if axis == -2 else w.meta.block)
+
+
+def select(w: QuantizedTensor, axis: int, index: int) -> QuantizedTensor:
+    """One expert of a stack, as a view."""
+    if axis >= -2:
+        raise UnsupportedOpError(
+            "a single row or column of a quantized weight has no packed form", where=repr(w), hint="slice it instead"
+        )
+    return w.rebuild(lambda _, t: t.select(axis, index))
+
+
+def join(parts: list[QuantizedTensor], axis: int) -> QuantizedTensor:
+    """Concatenation of weights of one format and block shape along an axis."""
+    first = parts[0]
+    _check_joinable(parts, axis)
+    if axis != -1:
+        tensors = {f.name: torch.cat([getattr(p, f.name) for p in parts], axis) for f, _ in first.inner()}
+        block = (1, first.meta.block[1]) if axis == -2 and first.meta.block[0] == 1 else first.meta.block
+        return type(first)(tensors, replace(first.meta, block=block), first.dtype)
+    joined = {field.name: _join_columns(parts, field) for field, _ in first.inner()}
+    return type(first)(joined, replace(first.meta, columns=sum(p.meta.columns for p in parts)), first.dtype)
+
+
+def _block_range(w: QuantizedTensor, axis: int, start: int, stop: int, size: int, step: int) -> tuple[int, int]:
+    if step >= size:
+        return 0, 1
+    if start % step:
+        raise UnsupportedOpError(
+            f"a slice from {start} cuts a block of {step} that shares a scale",
+            where=repr(w),
+            hint=f"start at a multiple of {step}, or dequantize()",
+        )
+    return start // step, -(-stop // step)
+
+
+def _cut_packed(packed: Tensor, bits: int, length: int, start: int, stop: int) -> Tensor:
+    if start * bits % 8 == 0 and (stop == length or stop * bits % 8 == 0):
+        return packed[..., start * bits // 8 : (stop * bits + 7) // 8]
+    return pack(unpack(packed, bits, length)[..., start:stop], bits)
+
+
+def _check_joinable(parts: list[QuantizedTensor], axis: int) -> None:
+    first = parts[0]
+    for part in parts:
+        alike = (
+            isinstance(part, QuantizedTensor)
+            and type(part) is type(first)
+            and (part.meta == first.meta or (axis == -1 and replace(part.meta, columns=first.meta.columns) == first.meta))
+            and part.dtype == first.dtype
+            and (part.zero_point is None) == (first.zero_point is None)
+        )
+        if not alike:
+            raise UnsupportedOpError(
+                "only weights of one format, block shape and dtype can be joined", where=f"{first!r} and {part!r}"
+            )
+    side = axis + 2
+    whole = side < 0 or all(logical_size(p, axis) % p.meta.block[side] == 0 for p in parts[:-1])
+    if not whole or (side >= 0 and first.meta.block[side] > 1 and first.meta.block[side] >= logical_size(first, axis)):
+        raise UnsupportedOpError("blocks that share a scale would not line up", where=repr(first))
+
+
+def _join_columns(parts: list[QuantizedTensor], field: Field) -> Tensor:
+    tensors = [getattr(p, field.name) for p in parts]
+    if not field.packed:
+        return torch.cat(tensors, -1)
+    bits = parts[0].format.bits
+    lengths = [_entries(p, field) for p in parts]
+    return pack(torch.cat([unpack(t, bits, n) for t, n in zip(tensors, lengths, strict=True)], -1), bits)
+
+
+def _entries(w: QuantizedTensor, field: Field) -> int:
+    """Entries of a field along a row."""
+    return w.meta.columns if field.per == "element" else block_counts(1, w.meta.columns, w.meta.block)[1]
