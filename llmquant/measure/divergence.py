@@ -1,0 +1,63 @@
+"""How far a model's predictions moved from its baseline's: KL divergence, top-1 agreement, true token's probability."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from llmquant.measure.perplexity import standard_error
+from llmquant.measure.rows import ROWS, map_rows
+
+ROUNDING = 1e-5  # nats: fp32 log-probabilities are off by a few 1e-7 of their size, which p weighs to at most ln V ~ 12
+
+
+def kl(p_logits: Tensor, q_logits: Tensor, rows: int = ROWS) -> Tensor:
+    """KL divergence sum p (log p - log q), in nats, of q from the baseline p at every position.
+
+    Args:
+        p_logits: the baseline's logits, [T, V], any float dtype, finite.
+        q_logits: the candidate's, [T, V].
+        rows: rows turned to fp32 at a time; changes memory, not results.
+
+    Returns:
+        [T] float64, computed in fp32. Negative values the size of rounding become 0, larger ones are left to be seen.
+    """
+    assert p_logits.shape == q_logits.shape, (p_logits.shape, q_logits.shape)
+    return map_rows(_kl, p_logits, q_logits, rows=rows)
+
+
+def _kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    log_p, log_q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1).double()
+    return divergence.where((divergence >= 0) | (divergence < -ROUNDING), 0.0)
+
+
+def top1_agrees(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """Where both logits [T, V] have the same most likely token: [T] bool."""
+    return p_logits.argmax(-1) == q_logits.argmax(-1)
+
+
+def delta_p_rms(p_nll: Tensor, q_nll: Tensor) -> float:
+    """Root mean square change of the true token's probability, 0..1, from the NLLs [N] of baseline and candidate."""
+    return float((q_nll.double().neg().exp() - p_nll.double().neg().exp()).square().mean().sqrt())
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Summary of per-token KL, in nats. `stderr` is the mean's; both models saw the same tokens, so it is paired."""
+
+    mean: float
+    median: float
+    p90: float
+    p99: float
+    max: float
+    stderr: float
+
+    @classmethod
+    def from_kl(cls, divergence: Tensor) -> Divergence:
+        """Summarize KL [N]; percentiles between two values are interpolated linearly."""
+        values = divergence.double()
+        median, p90, p99 = np.quantile(values.numpy(force=True), [0.5, 0.9, 0.99]).tolist()
+        return cls(float(values.mean()), median, p90, p99, float(values.max()), standard_error(values))

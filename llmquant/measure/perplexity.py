@@ -1,0 +1,60 @@
+"""Negative log likelihood of tokens, and the perplexity that pools it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmquant.measure.rows import ROWS, map_rows
+
+
+def token_nll(logits: Tensor, ids: Tensor, rows: int = ROWS) -> Tensor:
+    """Negative log likelihood, in nats, of every token but a window's first.
+
+    Args:
+        logits: [T, V] or [W, T, V], any float dtype; row t predicts token t + 1.
+        ids: [T] or [W, T] int64.
+        rows: rows turned to fp32 at a time; changes memory, not results.
+
+    Returns:
+        [T - 1] or [W, T - 1] float64, computed in fp32.
+    """
+    if logits.dim() == 3:
+        return torch.stack([token_nll(*window, rows=rows) for window in zip(logits, ids, strict=True)])
+    return map_rows(_nll, logits[:-1], ids[1:].to(logits.device), rows=rows)
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="none").double()
+
+
+def standard_error(values: Tensor) -> float:
+    """Standard error of the mean of values [N] taken as independent: std / sqrt(N); NaN for fewer than two."""
+    return float(values.double().std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity per token (not per word or byte) over all scored tokens.
+
+    Attributes:
+        value: exp(mean NLL); infinite if that overflows.
+        stderr: its standard error, value * std(NLL) / sqrt(N) (the delta method). Tokens are taken as independent;
+            those of one window are not quite, so this is a little too small, but it can be had from one window.
+        tokens: N, the number of tokens scored.
+    """
+
+    value: float
+    stderr: float
+    tokens: int
+
+    @classmethod
+    def from_nll(cls, nll: Tensor) -> Perplexity:
+        """Pool NLL of any shape, in nats."""
+        pooled = nll.double().flatten()
+        value = float(pooled.mean().exp())
+        return cls(value, value * standard_error(pooled), len(pooled))
