@@ -26,7 +26,7 @@ Progress = Callable[[int, int, str], None]
 """Called with elements done, elements in all, and the FQN at work."""
 
 # Rows are worked on in chunks that stay in the cache; the algorithms' temporaries take about this many bytes an element.
-_CHUNK_ELEMENTS, _SMALLEST_CHUNK = 2**17, 2**15
+_CHUNK_ELEMENTS, _SMALLEST_CHUNK = 2**17, 2**16
 _BYTES_AN_ELEMENT = 64
 
 
@@ -148,9 +148,7 @@ class Plan(NamedTuple):
         return {**self.resolution.kept, **{n: why for n, why in self.inventory.others.items() if n in wide}}
 
 
-def make_plan(
-    model: nn.Module, config: FqnToConfig, filter_fn: Callable[[nn.Module, str], bool] | None = None
-) -> Plan:
+def make_plan(model: nn.Module, config: FqnToConfig, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Plan:
     """Decides about every weight of a model (which may lie on the meta device).
 
     Raises:

@@ -102,7 +102,9 @@ class ShardWriter:
             return
         self._shards.append(list(self._held))
         with no_space_errors(self.folder):
-            save_file(self._held, self.folder / f"shard-{len(self._shards)}.tmp", metadata=self.metadata)
+            path = self.folder / f"shard-{len(self._shards)}.tmp"
+            save_file(self._held, path, metadata=self.metadata)
+            path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
         self._held = {}
 
 
@@ -138,7 +140,9 @@ def check_target(target: Path, overwrite: bool) -> None:
         return
     if target.exists() and not (overwrite and target.is_dir()):
         raise OutputExistsError(
-            "the output exists already", where=str(target), hint="choose another -o, or --overwrite to replace the folder"
+            "the output exists already",
+            where=str(target),
+            hint="choose another -o, or --overwrite to replace the folder",
         )
 
 
@@ -164,6 +168,13 @@ def no_space_errors(folder: Path) -> Iterator[None]:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise NoSpaceError("the disk is full", where=str(folder), hint="free some room and run it again") from error
         raise
+
+
+def _umask() -> int:
+    """The process's mask of permissions, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:

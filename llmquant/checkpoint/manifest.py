@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ FORMAT_VERSION = 1
 HASH_KEY, SAVE_KEY = "llmquant_manifest_sha256", "llmquant_save_id"
 
 
-def new_manifest(config: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str, Any]:
+def new_manifest(config: Sequence[Any], entries: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest with a save id of its own.
 
     Args:
-        config: the `FqnToConfig` as plain JSON, for people to read; loading does not need it.
+        config: the `FqnToConfig` as pairs of plain JSON, for people to read; loading does not need it.
         entries: FQN -> entry (see `state.entry`).
     """
     return {
@@ -31,7 +31,7 @@ def new_manifest(config: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[
         "format_version": FORMAT_VERSION,
         "llmquant_version": llmquant.__version__,
         "save_id": uuid.uuid4().hex,
-        "config": dict(config),
+        "config": list(config),
         "weights": dict(entries),
     }
 
@@ -86,6 +86,8 @@ def _verify_save(manifest: Mapping[str, Any], path: Path, header: Header) -> Non
 def _verify_component(key: str, promised: tuple[Any, Any], present: Mapping[str, Any], files: list[Path]) -> None:
     where = str(files[0].parent) if files else None
     if key not in present:
-        raise CheckpointError(f"the checkpoint lacks {key}", where=where, hint="a shard is missing: save or copy it again")
+        raise CheckpointError(
+            f"the checkpoint lacks {key}", where=where, hint="a shard is missing: save or copy it again"
+        )
     if present[key] != promised:
         raise CheckpointError(f"{key} is {present[key]}, config.json promises {promised}", where=where)

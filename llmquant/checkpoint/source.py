@@ -140,7 +140,9 @@ def locate(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(model), ignore_patterns=["*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*"]))
+        return Path(
+            snapshot_download(str(model), ignore_patterns=["*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*"])
+        )
     except Exception as error:
         raise ModelNotFoundError(
             f"neither a local folder nor a model that the hub gives out ({type(error).__name__})",
@@ -171,7 +173,9 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
             names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
             lost = [name for name in names if not (folder / name).is_file()]
             if lost:
-                raise CheckpointError("shards are missing", where=f"{folder}: {', '.join(lost)}", hint="copy them again")
+                raise CheckpointError(
+                    "shards are missing", where=f"{folder}: {', '.join(lost)}", hint="copy them again"
+                )
             return tuple(folder / name for name in names)
     raise ModelNotFoundError("the folder holds no model.safetensors (nor pytorch_model.bin)", where=str(folder))
 

@@ -63,7 +63,7 @@ def quantize_checkpoint(
     check_target(target, overwrite)
     source = open_source(model, dtype)
     plan = make_plan(source.skeleton, resolved)
-    manifest = new_manifest(recipe.to_dict(resolved), _entries(plan))
+    manifest = new_manifest(recipe.to_pairs(resolved), _entries(plan))
     check_space(target, _output_bytes(source, manifest["weights"]))
     report = QuantizationReport(skipped=plan.skipped(source.skeleton), warnings=plan.resolution.warnings)
     with new_folder(target, overwrite) as draft:

@@ -50,7 +50,7 @@ def list_recipes() -> list[Recipe]:
 
 def load_recipe(source: str | Path) -> Recipe:
     """A recipe by name or path. Raises `ConfigError` for what does not exist or cannot be read."""
-    path = _find(source)
+    path = find_recipe(source)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -67,7 +67,9 @@ def parse_recipe(content: Any, name: str, where: str) -> Recipe:
             raise unknown_key(key, _KEYS, where)
     if content.get("llmquant_recipe") != RECIPE_VERSION:
         raise ConfigError(
-            f"not a recipe of version {RECIPE_VERSION}", where=where, hint=f"begin with llmquant_recipe: {RECIPE_VERSION}"
+            f"not a recipe of version {RECIPE_VERSION}",
+            where=where,
+            hint=f"begin with llmquant_recipe: {RECIPE_VERSION}",
         )
     weights = content.get("weights")
     if not isinstance(weights, Mapping) or not weights:
@@ -91,7 +93,9 @@ def with_algorithm(config: FqnToConfig, algorithm: str) -> FqnToConfig:
 
 
 def to_config(source: Any) -> FqnToConfig:
-    """Whatever a user may hand over as an `FqnToConfig`: a scheme, a recipe's name or path, a config, a mapping."""
+    """Whatever a user may hand over as an `FqnToConfig`: a scheme, a recipe's name or path, a config, a mapping
+    of keys to schemes or configs, or such pairs.
+    """
     if isinstance(source, FqnToConfig):
         return source
     if isinstance(source, Recipe):
@@ -100,14 +104,16 @@ def to_config(source: Any) -> FqnToConfig:
         return FqnToConfig.of(source)
     if isinstance(source, Mapping):
         return FqnToConfig({key: _parse_weight(key, value, "config") for key, value in source.items()})
+    if isinstance(source, list):
+        return to_config(dict(source))
     if isinstance(source, Path) or _looks_like_recipe(str(source)):
         return load_recipe(source).config
     return FqnToConfig.of(parse_config(source))
 
 
-def to_dict(config: FqnToConfig) -> dict[str, dict[str, str] | None]:
-    """Plain JSON, in order: the inverse of `to_config` of a mapping."""
-    return {k: v.to_dict() if isinstance(v, WeightOnlyConfig) else None for k, v in config.items()}
+def to_pairs(config: FqnToConfig) -> list[list[Any]]:
+    """[key, config or None] pairs of plain JSON, which `to_config` reads back. Pairs keep the order that decides."""
+    return [[key, value.to_dict() if isinstance(value, WeightOnlyConfig) else None] for key, value in config.items()]
 
 
 def _parse_weight(key: str, value: Any, where: str) -> WeightOnlyConfig | None:
@@ -125,7 +131,8 @@ def _looks_like_recipe(text: str) -> bool:
     return text.endswith((".yaml", ".yml")) or (recipe_folder() / f"{text}.yaml").is_file()
 
 
-def _find(source: str | Path) -> Path:
+def find_recipe(source: str | Path) -> Path:
+    """The file of a recipe, by name or path. Raises `ConfigError`."""
     named = recipe_folder() / f"{source}.yaml"
     path = named if named.is_file() else Path(source)
     if not path.is_file():

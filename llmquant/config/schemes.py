@@ -67,7 +67,9 @@ class WeightOnlyConfig:
         if self.mapping_type is MappingType.ASYMMETRIC and not row.asymmetric:
             raise ConfigError(f"{row.name} is symmetric only", hint="leave mapping_type out")
         if self.scale_dtype not in SCALE_DTYPES.values():
-            raise ConfigError(f"scales cannot be stored as {self.scale_dtype}", hint=f"one of {', '.join(SCALE_DTYPES)}")
+            raise ConfigError(
+                f"scales cannot be stored as {self.scale_dtype}", hint=f"one of {', '.join(SCALE_DTYPES)}"
+            )
         if self.algorithm not in row.algorithms:
             raise ConfigError(
                 f"{row.name} has no algorithm {self.algorithm!r}", hint=f"one of {', '.join(row.algorithms)}"

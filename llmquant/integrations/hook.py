@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
@@ -21,9 +22,8 @@ def install() -> None:
 
 
 def _register() -> None:
-    from llmquant.integrations import transformers
-
-    transformers.register()
+    # The module registers itself when it is imported (which may be under way: it imports transformers in turn).
+    importlib.import_module("llmquant.integrations.transformers")
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -9,11 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -22,7 +18,7 @@ from llmquant.checkpoint.state import assemble, component_key, expected, state_d
 from llmquant.config import recipe
 from llmquant.config.fqn import FqnToConfig
 from llmquant.config.schemes import WeightOnlyConfig
-from llmquant.errors import CheckpointError, ConfigError
+from llmquant.errors import CheckpointError, ConfigError, ModelNotFoundError
 from llmquant.quantize import (
     AFTER_QUANTIZE,
     QuantizationReport,
@@ -34,6 +30,7 @@ from llmquant.quantize import (
 from llmquant.tensor import QuantizedTensor
 
 
+@register_quantization_config(METHOD)
 class LlmQuantConfig(QuantizationConfigMixin):
     """The `quantization_config` of a model.
 
@@ -46,13 +43,15 @@ class LlmQuantConfig(QuantizationConfigMixin):
     def __init__(self, config: Any = None, **manifest: Any) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.manifest = manifest | {"quant_method": METHOD}
-        self.config = {} if config is None else recipe.to_dict(recipe.to_config(config))
+        self.config = [] if config is None else recipe.to_pairs(recipe.to_config(config))
 
     @property
     def fqn_to_config(self) -> FqnToConfig:
         """What to do to which weight."""
         if not self.config:
-            raise ConfigError("LlmQuantConfig() does not say what to do", hint='for instance LlmQuantConfig("int4-g64")')
+            raise ConfigError(
+                "LlmQuantConfig() does not say what to do", hint='for instance LlmQuantConfig("int4-g64")'
+            )
         return recipe.to_config(self.config)
 
     @property
@@ -73,6 +72,7 @@ class LlmQuantConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
 
+@register_quantizer(METHOD)
 class LlmQuantizer(HfQuantizer):
     """What transformers calls while it loads and saves a model."""
 
@@ -306,18 +306,23 @@ def attach(model: nn.Module, config: FqnToConfig, report: QuantizationReport | N
     model.set_experts_implementation("eager")
 
 
-def register() -> None:
-    """Tells transformers about the method, and `quantize_` about transformers. Safe to call twice."""
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(METHOD)(LlmQuantConfig)
-        register_quantizer(METHOD)(LlmQuantizer)
-    if attach not in AFTER_QUANTIZE:
-        AFTER_QUANTIZE.append(attach)
+AFTER_QUANTIZE.append(attach)
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:
     """`AutoModelForCausalLM.from_pretrained(path, **kwargs)`, with llmquant registered."""
     from transformers import AutoModelForCausalLM
 
-    register()
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer beside a model. Raises `ModelNotFoundError` where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelNotFoundError(
+            f"no tokenizer can be loaded: {error}", where=str(path), hint="copy the original's tokenizer files there"
+        ) from error

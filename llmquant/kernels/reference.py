@@ -36,6 +36,9 @@ def embedding(indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
     blocks = flat // weight.block[0]
     zero_point = None if weight.zero_point is None else weight.zero_point[blocks]
     rows = weight._replace(
-        qdata=weight.qdata[flat], scale=weight.scale[blocks], zero_point=zero_point, block=(1, weight.block[1])
+        qdata=weight.qdata.index_select(0, flat),
+        scale=weight.scale[blocks],
+        zero_point=zero_point,
+        block=(1, weight.block[1]),
     )
     return rows.dequantize().to(dtype).reshape(*indices.shape, weight.columns)

@@ -110,6 +110,15 @@ def peak_rss() -> int | None:
     return _status("VmHWM")
 
 
+def reset_peak_rss() -> bool:
+    """Let `peak_rss` start anew from what is resident now, where the system allows it (Linux: `clear_refs`, 5)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def rss_anon() -> int | None:
     """Resident memory of this process now, in bytes, without mapped files (`RssAnon`); None where it is not known."""
     return _status("RssAnon")

@@ -56,8 +56,8 @@ def candidates(x: Tensor, importance: Tensor, spec: QuantSpec) -> Iterator[QPara
 
 
 def largest_scaled(fmt: Format) -> float:
-    """The largest magnitude that a scale of 1.0 can represent."""
-    return fmt.top_code - fmt.midpoint if fmt.bits == 1 else fmt.midpoint
+    """The largest magnitude that a scale of 1.0 can represent, with or without a zero point: half of the code range."""
+    return fmt.top_code / 2
 
 
 def full_range_scale(x: Tensor, fmt: Format) -> Tensor:
@@ -72,7 +72,8 @@ def full_range_scale(x: Tensor, fmt: Format) -> Tensor:
 def inverse(scale: Tensor) -> Tensor:
     """1 / scale in float32, and 0 for the scale 0 of a block of zeros."""
     scale = scale.float()
-    return torch.where(scale == 0, scale, 1 / scale)
+    limit = torch.finfo(torch.float32).max  # 1 / a subnormal may overflow, and infinity * 0 is no code
+    return torch.where(scale == 0, scale, (1 / scale).clamp_(-limit, limit))
 
 
 def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -80,9 +81,11 @@ class QuantizedTensor(torch.Tensor):
         shape = [*qdata.shape[:-1], meta.columns]
         if meta.transposed:
             shape[-2:] = shape[:-3:-1]
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
-        )
+        # A view made in inference mode must be a normal tensor, as torch's own views of normal tensors are.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
+            )
 
     def __init__(self, tensors: Mapping[str, Tensor | None], meta: Meta, dtype: torch.dtype) -> None:
         for field in self.fields:
@@ -202,8 +205,12 @@ class QuantizedTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        handler = DISPATCH.get(func.overloadpacket, unsupported)
-        return handler(func, *args, **(kwargs or {}))
+        handler = DISPATCH.get(func.overloadpacket)
+        if handler is not None:
+            return handler(func, *args, **(kwargs or {}))
+        # In inference mode composite operators arrive whole; elsewhere torch has taken them apart already.
+        result = func.decompose(*args, **(kwargs or {}))
+        return unsupported(func, *args) if result is NotImplemented else result
 
 
 # Filled by `tensor.ops` (one table for functions, one for aten operators by overload packet).

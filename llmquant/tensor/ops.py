@@ -41,14 +41,14 @@ def dispatch(*packets: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]
 
 
 @function(F.linear)
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias for a quantized weight."""
-    if not isinstance(weight, QuantizedTensor) or isinstance(x, QuantizedTensor):
-        return unsupported(F.linear, x, weight)
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """input @ weight.T + bias for a quantized weight."""
+    if not isinstance(weight, QuantizedTensor) or isinstance(input, QuantizedTensor) or weight.dim() != 2:
+        return unsupported("linear", input, weight)
     if weight.meta.transposed:
-        out = ops.matmul(x, weight.packed())
+        out = ops.matmul(input, weight.packed())
         return out if bias is None else out + bias
-    return ops.linear(x, weight.packed(), bias)
+    return ops.linear(input, weight.packed(), bias)
 
 
 @function(F.embedding)
@@ -65,8 +65,8 @@ def embedding(
     del padding_idx, norm_type, scale_grad_by_freq, sparse
     if max_norm is not None:
         raise UnsupportedOpError("max_norm would rewrite the quantized table in place", where=repr(weight))
-    if weight.meta.transposed:
-        return unsupported(F.embedding, weight)
+    if weight.meta.transposed or weight.dim() != 2:
+        return unsupported("embedding", weight)
     return ops.embedding(indices, weight.packed(), weight.dtype)
 
 
@@ -78,11 +78,6 @@ def product(x: Tensor, y: Tensor) -> Tensor:
         return product(y.t(), x.t()).t()
     assert isinstance(y, QuantizedTensor)
     return linear(x, y.t())
-
-
-@dispatch(aten.linear)
-def _linear(func: Any, *args: Any) -> Tensor:
-    return linear(*args)
 
 
 @dispatch(aten.embedding)
@@ -100,15 +95,6 @@ def _mv(func: Any, x: Tensor, y: Tensor) -> Tensor:
     return product(x, y.unsqueeze(-1)).squeeze(-1)
 
 
-@dispatch(aten.matmul)
-def _matmul(func: Any, x: Tensor, y: Tensor) -> Tensor:
-    if isinstance(y, QuantizedTensor) and y.dim() == 2:
-        return linear(x, y.t())
-    if isinstance(x, QuantizedTensor) and x.dim() == 2 and y.dim() <= 2:
-        return product(x, y) if y.dim() == 2 else _mv(func, x, y)
-    return _bmm(func, x, y) if x.dim() == y.dim() == 3 else unsupported(func, x, y)
-
-
 @dispatch(aten.addmm)
 def _addmm(func: Any, bias: Tensor, x: Tensor, y: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     if isinstance(y, QuantizedTensor) and beta == alpha == 1 and bias.dim() == 1:
@@ -124,7 +110,7 @@ def _bmm(func: Any, x: Tensor, y: Tensor) -> Tensor:
 # --- shape ----------------------------------------------------------------------------------------------
 
 
-@dispatch(aten.t, aten.transpose, aten.mT, aten.permute, aten.numpy_T)
+@dispatch(aten.t, aten.transpose, aten.permute)
 def _transpose(func: Any, w: QuantizedTensor, *dims: Any) -> QuantizedTensor:
     order = list(range(w.dim()))
     if func.overloadpacket is aten.permute:
@@ -140,8 +126,17 @@ def _transpose(func: Any, w: QuantizedTensor, *dims: Any) -> QuantizedTensor:
     return w.rebuild(lambda _, t: t, transposed=not w.meta.transposed)
 
 
-@dispatch(aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias)
+@dispatch(aten.expand)
+def _expand(func: Any, w: QuantizedTensor, shape: Any, **_: Any) -> QuantizedTensor:
+    if any(n not in (-1, size) for n, size in zip(shape[-2:], w.shape[-2:], strict=True)):
+        return unsupported(func, w)
+    return w.rebuild(lambda _, t: t.expand(*shape[:-2], -1, -1))
+
+
+@dispatch(aten.view, aten._unsafe_view, aten._reshape_alias)
 def _view(func: Any, w: QuantizedTensor, shape: Any, *_: Any) -> QuantizedTensor:
+    if isinstance(shape, torch.dtype):
+        return unsupported(f"{func} as {shape}", w)
     known = [n for n in shape if n != -1]
     if -1 in shape:
         rest = 1
@@ -167,24 +162,15 @@ def _slice(
     return slicing.take_slice(w, axis, first, max(first, last))
 
 
-@dispatch(aten.narrow)
-def _narrow(func: Any, w: QuantizedTensor, dim: int, start: int, length: int) -> QuantizedTensor:
-    return _slice(func, w, dim, start, start + length)
-
-
 @dispatch(aten.split, aten.split_with_sizes)
 def _split(func: Any, w: QuantizedTensor, sizes: Any, dim: int = 0) -> list[QuantizedTensor]:
     total = slicing.logical_size(w, slicing.logical_axis(w, dim))
     if isinstance(sizes, int):
         sizes = [min(sizes, total - i) for i in range(0, total, sizes)]
+    if sum(sizes) != total:
+        raise RuntimeError(f"split sizes {list(sizes)} do not add up to {total}, the size of dimension {dim}")
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [_narrow(func, w, dim, start, size) for start, size in zip(starts, sizes, strict=True)]
-
-
-@dispatch(aten.chunk)
-def _chunk(func: Any, w: QuantizedTensor, chunks: int, dim: int = 0) -> list[QuantizedTensor]:
-    total = slicing.logical_size(w, slicing.logical_axis(w, dim))
-    return _split(func, w, -(-total // chunks), dim)
+    return [_slice(func, w, dim, start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
 @dispatch(aten.select)

@@ -79,8 +79,7 @@ def join(parts: list[QuantizedTensor], axis: int) -> QuantizedTensor:
     _check_joinable(parts, axis)
     if axis != -1:
         tensors = {f.name: torch.cat([getattr(p, f.name) for p in parts], axis) for f, _ in first.inner()}
-        block = (1, first.meta.block[1]) if axis == -2 and first.meta.block[0] == 1 else first.meta.block
-        return type(first)(tensors, replace(first.meta, block=block), first.dtype)
+        return type(first)(tensors, first.meta, first.dtype)
     joined = {field.name: _join_columns(parts, field) for field, _ in first.inner()}
     return type(first)(joined, replace(first.meta, columns=sum(p.meta.columns for p in parts)), first.dtype)
 
@@ -109,7 +108,9 @@ def _check_joinable(parts: list[QuantizedTensor], axis: int) -> None:
         alike = (
             isinstance(part, QuantizedTensor)
             and type(part) is type(first)
-            and (part.meta == first.meta or (axis == -1 and replace(part.meta, columns=first.meta.columns) == first.meta))
+            and (
+                part.meta == first.meta or (axis == -1 and replace(part.meta, columns=first.meta.columns) == first.meta)
+            )
             and part.dtype == first.dtype
             and (part.zero_point is None) == (first.zero_point is None)
         )
@@ -119,7 +120,7 @@ def _check_joinable(parts: list[QuantizedTensor], axis: int) -> None:
             )
     side = axis + 2
     whole = side < 0 or all(logical_size(p, axis) % p.meta.block[side] == 0 for p in parts[:-1])
-    if not whole or (side >= 0 and first.meta.block[side] > 1 and first.meta.block[side] >= logical_size(first, axis)):
+    if not whole:
         raise UnsupportedOpError("blocks that share a scale would not line up", where=repr(first))
 
 

@@ -1,0 +1,121 @@
+"""`llmquant eval`."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from llmquant.cli.console import console, progress_bar, size
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id, quantized or plain.")],
+    baseline: Annotated[str | None, typer.Option(help="The 16-bit original: adds KL, top-1 and the change.")] = None,
+    text: Annotated[
+        str, typer.Option(help="builtin (CPython's help topics, no download), wikitext2, or the path of a text file.")
+    ] = "builtin",
+    context: Annotated[int, typer.Option(help="Tokens a window; the first of each is not scored.")] = 2048,
+    windows: Annotated[int, typer.Option(help="Windows to score, from the start of the text; 0 for all.")] = 8,
+    dtype: Annotated[
+        str, typer.Option(help="To compute in: auto (the model's own), float32, bfloat16 or float16.")
+    ] = "auto",
+    json: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
+) -> None:
+    """Measure perplexity and size, and how far a model is from its 16-bit original.
+
+    Perplexity here is per token, over disjoint windows of the text as it is; it is not lm-eval's word perplexity. Compare
+    only figures with the same protocol, which is printed with them. KL is in nats, from the baseline to the model.
+    """
+    record = run(model, baseline, text, context, windows, dtype)
+    if json:
+        from llmquant.measure.record import write_record
+
+        write_record(record, json)
+    print_record(record)
+
+
+def run(model: str, baseline: str | None, text: str, context: int, windows: int, dtype: str) -> dict[str, Any]:
+    """Evaluates a model, its baseline first and then out of memory; returns the record."""
+    from llmquant.checkpoint.source import locate, parse_dtype
+    from llmquant.integrations.transformers import load, load_tokenizer
+    from llmquant.measure.evaluate import Protocol, Reference
+    from llmquant.measure.evaluate import evaluate as measure
+    from llmquant.measure.memory import footprint, reset_peak_rss
+    from llmquant.measure.record import build_record, machine, versions
+    from llmquant.measure.text import load_text
+    from llmquant.measure.windows import make_windows, tokenize
+
+    folder, wanted = locate(model), parse_dtype(dtype) or "auto"
+    content = load_text(text)
+    ids, bos = tokenize(load_tokenizer(folder), content.content)
+    cut = make_windows(ids, context, windows or None, bos)
+    reference = None
+    try:
+        if baseline:
+            original = load(locate(baseline), dtype=wanted)
+            with progress_bar("Baseline") as progress:
+                reference = Reference.compute(original, cut, progress)
+            del original
+            gc.collect()
+            reset_peak_rss()
+        candidate = load(folder, dtype=wanted)
+        with progress_bar("Model") as progress:
+            evaluation = measure(candidate, cut, reference, progress)
+    finally:
+        if reference:
+            reference.close()
+    name = str(candidate.dtype).removeprefix("torch.")
+    protocol = Protocol.describe(content, cut, bos, name, _backend(candidate))
+    return build_record(
+        model=model,
+        baseline=baseline,
+        protocol=protocol,
+        evaluation=evaluation,
+        footprint=footprint(candidate, folder),
+        versions=versions(),
+        machine=machine(),
+    )
+
+
+def print_record(record: dict[str, Any]) -> None:
+    """The record for people."""
+    protocol, ppl, sizes = record["protocol"], record["perplexity"], record["bytes"]
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    change = "" if ppl["change"] is None else f" (baseline {ppl['baseline']:.3f}, {ppl['change']:+.2%})"
+    table.add_row("perplexity", f"{ppl['value']:.3f} ± {ppl['stderr']:.3f}{change}")
+    if record["kl"]:
+        kl = record["kl"]
+        table.add_row(
+            "KL", f"{kl['mean']:.5f} ± {kl['stderr']:.5f} nats (median {kl['median']:.5f}, p99 {kl['p99']:.4f})"
+        )
+        table.add_row("same top-1", f"{record['top1']:.2%}")
+    table.add_row("on disk", size(sizes["disk"]))
+    table.add_row("weights in memory", size(sizes["weights"]))
+    table.add_row("peak resident", size(sizes["peak_rss"]))
+    quantized = sizes["bits_per_quantized_weight"]
+    table.add_row(
+        "bits per weight",
+        f"{sizes['bits_per_weight']:.2f}" + (f" ({quantized:.3f} where quantized)" if quantized else ""),
+    )
+    console.print(table, highlight=False)
+    console.print(
+        f"[dim]{protocol['text']} {protocol['text_sha256'][:12]}, {protocol['windows']} windows of {protocol['context']}, "
+        f"BOS {protocol['bos']}, {protocol['tokens_scored']} tokens scored, {protocol['dtype']}, {protocol['backend']}, "
+        f"{record['seconds']:.0f} s[/]",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _backend(model: Any) -> str:
+    """The kernels that serve the model's quantized weights."""
+    from llmquant.tensor import QuantizedTensor
+
+    kernels = sorted({p.kernel().kernel for p in model.parameters() if isinstance(p, QuantizedTensor)})
+    return ", ".join(kernels) or "torch"

@@ -1,0 +1,61 @@
+"""The command `llmquant`."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+import llmquant
+from llmquant.cli import evaluate, info, inspect, quantize, recipes
+from llmquant.cli.console import errors
+from llmquant.errors import LlmQuantError
+
+app = typer.Typer(
+    name="llmquant",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make a large language model smaller, keep it as ordinary safetensors, and see what it cost.",
+    epilog="Start with: `llmquant quantize MODEL -o OUT --recipe int4-g32`, then `llmquant eval OUT --baseline MODEL`.",
+)
+app.command("quantize")(quantize.quantize)
+app.command("eval")(evaluate.evaluate)
+app.command("inspect")(inspect.inspect)
+app.command("recipes")(recipes.recipes)
+app.command("info")(info.info)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"llmquant {llmquant.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and exit.", callback=_version, is_eager=True
+    ),
+) -> None:
+    del version
+
+
+def main() -> None:
+    """Runs the command line. Exit status: 0 done, 2 an error that is explained, 130 interrupted."""
+    try:
+        app()
+    except LlmQuantError as error:
+        errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("interrupted; nothing was left half-written")
+        sys.exit(130)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,138 @@
+"""One table of cases: every format x every way to share a scale x mapping, and an independent reader of packed weights.
+
+The tables are built from `FORMATS`: a new row of it is tested without an edit here, as long as its storage is known
+to `VALUES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmquant.config.schemes import WeightOnlyConfig, parse_scheme
+from llmquant.formats import FORMATS, Format
+from llmquant.quantize import quantize_weight
+from llmquant.tensor import QuantizedTensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Whole groups, a tail group, odd lengths whose rows do not fill their last byte, one element, one long row.
+SHAPES = ((4, 64), (7, 70), (3, 33), (1, 1), (1, 257))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A format with one granularity and mapping."""
+
+    scheme: str
+
+    @property
+    def config(self) -> WeightOnlyConfig:
+        config = parse_scheme(self.scheme)
+        assert config is not None
+        return config
+
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.config.format]
+
+    @property
+    def asymmetric(self) -> bool:
+        return self.scheme.endswith("-asym")
+
+    def quantize(self, weight: Tensor, transposed: bool = False) -> QuantizedTensor:
+        return quantize_weight(weight, self.config, transposed=transposed)
+
+    def __str__(self) -> str:
+        return self.scheme
+
+
+_SUFFIX = {"group": "-g32", "row": "-row", "tensor": "-tensor"}
+
+
+def _cases(row: Format) -> list[Case]:
+    mappings = ("", "-asym") if row.asymmetric else ("",)
+    return [Case(row.name + _SUFFIX[g] + m) for g, m in product(row.granularities, mappings)]
+
+
+CASES = [case for row in FORMATS.values() for case in _cases(row)]
+"""Every format in every way."""
+
+# Groups of 24 end inside a byte for most widths.
+ODD_GROUPS = [Case(f"{row.name}-g24-asym") for row in FORMATS.values() if row.asymmetric]
+ALL_CASES = CASES + ODD_GROUPS
+
+ONE_PER_FORMAT = [
+    Case(f"{row.name}-g32-asym") if row.asymmetric else Case(row.name + _SUFFIX[row.granularities[0]])
+    for row in FORMATS.values()
+]
+"""Every format once, in its most demanding way."""
+
+
+def make_weight(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Normal weights of the size that models have."""
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
+
+
+# ---------------------------------------------------------------------------------- the independent reader
+
+
+def read_codes(packed: Tensor, bits: int, length: int) -> np.ndarray:
+    """uint8 [..., bytes] -> codes [..., length], each row read as one big integer, little end first."""
+    rows = packed.reshape(-1, packed.shape[-1]).tolist()
+    numbers = [int.from_bytes(bytes(row), "little") for row in rows]
+    codes = [[number >> (i * bits) & (2**bits - 1) for i in range(length)] for number in numbers]
+    return np.array(codes, dtype=np.int64).reshape(*packed.shape[:-1], length)
+
+
+def read_float8(code: int, exponent_bits: int) -> float:
+    """The value of a float8 byte with that many exponent bits, by the OCP specification."""
+    mantissa_bits = 7 - exponent_bits
+    bias = 2 ** (exponent_bits - 1) - 1
+    sign = -1.0 if code & 0x80 else 1.0
+    exponent, mantissa = (code & 0x7F) >> mantissa_bits, (code & 0x7F) % 2**mantissa_bits
+    if exponent_bits == 4 and code & 0x7F == 0x7F:
+        return float("nan")
+    if exponent_bits == 5 and exponent == 31:
+        return float("nan") if mantissa else sign * float("inf")
+    if exponent == 0:
+        return sign * mantissa * 2.0 ** (1 - bias - mantissa_bits)
+    return sign * (1 + mantissa / 2**mantissa_bits) * 2.0 ** (exponent - bias)
+
+
+def _affine_values(codes: np.ndarray, zeros: np.ndarray | None, fmt: Format) -> np.ndarray:
+    if zeros is None:
+        zeros = np.full(codes.shape, 0.5 if fmt.bits == 1 else 2.0 ** (fmt.bits - 1))
+    return codes - zeros
+
+
+def _float8_values(codes: np.ndarray, zeros: np.ndarray | None, fmt: Format) -> np.ndarray:
+    assert zeros is None
+    table = np.array([read_float8(code, 5 if fmt.name.endswith("e5m2") else 4) for code in range(256)])
+    return table[codes]
+
+
+VALUES: dict[str, Callable[[np.ndarray, np.ndarray | None, Format], np.ndarray]] = {
+    "affine": _affine_values,
+    "scaled": _float8_values,
+}
+
+
+def read(weight: QuantizedTensor) -> np.ndarray:
+    """The values of a quantized tensor as it stands, float64 rounded once to float32, element by element."""
+    fmt, (block_rows, block_columns), columns = weight.format, weight.meta.block, weight.meta.columns
+    codes = read_codes(weight.qdata, fmt.bits, columns)
+    rows = codes.shape[-2]
+    across, along = np.arange(rows) // block_rows, np.arange(columns) // block_columns
+    scale = weight.scale.double().numpy()[..., across[:, None], along[None, :]]
+    zeros = None
+    if weight.zero_point is not None:
+        points = read_codes(weight.zero_point, fmt.bits, int(along[-1]) + 1)
+        zeros = points[..., across[:, None], along[None, :]].astype(np.float64)
+    values = VALUES[fmt.storage](codes, zeros, fmt) * scale
+    values = values.astype(np.float32).astype(np.float64)
+    return values.swapaxes(-1, -2) if weight.meta.transposed else values

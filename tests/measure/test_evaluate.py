@@ -1,0 +1,264 @@
+import copy
+import errno
+import math
+import shutil
+from collections import namedtuple
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llmquant.errors import LlmQuantError, NoSpaceError
+from llmquant.measure.divergence import kl
+from llmquant.measure.evaluate import Evaluation, Protocol, Reference, evaluate, evaluate_pair, inference
+from llmquant.measure.text import Text
+
+from .conftest import CONTEXT, VOCAB, MakeModel
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def numbers(evaluation: Evaluation) -> Evaluation:
+    return replace(evaluation, seconds=0.0)
+
+
+class Fixed(nn.Module):
+    """Predicts the same logits [V] everywhere and remembers how it was called."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.row = nn.Parameter(logits)
+        self.calls: list[dict[str, object]] = []
+
+    def forward(self, ids: Tensor, **options: object) -> SimpleNamespace:
+        self.calls.append(options | {"training": self.training, "inference": torch.is_inference_mode_enabled()})
+        return SimpleNamespace(logits=self.row.expand(*ids.shape, -1))
+
+
+def test_perplexity_is_exp_of_the_loss_transformers_computes(make_model: MakeModel, windows: Tensor) -> None:
+    model = make_model(1).eval()
+    with torch.no_grad():
+        losses = [float(model(window[None], labels=window[None]).loss) for window in windows]
+    result = evaluate(model, windows).perplexity
+    assert result.value == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert result.tokens == len(windows) * (CONTEXT - 1)
+    assert abs(result.value / VOCAB - 1) > 0.02, "a model this close to uniform would hide a shift by one token"
+
+
+def test_without_a_baseline_there_is_nothing_to_compare(make_model: MakeModel, windows: Tensor) -> None:
+    result = evaluate(make_model(1), windows)
+    assert (result.baseline, result.kl, result.top1, result.delta_p_rms) == (None,) * 4
+    assert 0 < result.seconds < 60
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_reference_and_a_second_model_give_the_same_bits(
+    make_model: MakeModel, windows: Tensor, dtype: torch.dtype
+) -> None:
+    model, baseline = make_model(1, dtype), make_model(2, dtype)
+    with Reference.compute(baseline, windows) as reference:
+        from_file = evaluate(model, windows, reference)
+    assert numbers(from_file) == numbers(evaluate_pair(model, baseline, windows))
+    assert numbers(from_file) != numbers(evaluate_pair(baseline, model, windows))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_model_against_itself_has_not_moved(make_model: MakeModel, windows: Tensor, dtype: torch.dtype) -> None:
+    model = make_model(1, dtype)
+    result = evaluate_pair(model, model, windows)
+    assert result.kl is not None and set(asdict(result.kl).values()) == {0.0}
+    assert (result.top1, result.delta_p_rms) == (1.0, 0.0)
+    assert result.baseline == result.perplexity == evaluate(model, windows).perplexity
+
+
+def test_the_figures_are_those_of_the_scored_positions(make_model: MakeModel, windows: Tensor) -> None:
+    model, baseline = make_model(1), make_model(2)
+    result = evaluate_pair(model, baseline, windows)
+    with torch.inference_mode():
+        p, q = (torch.cat([m(window[None]).logits[0, :-1] for window in windows]) for m in (baseline, model))
+    target = windows[:, 1:].flatten()[:, None]
+    change = (q.double().softmax(-1) - p.double().softmax(-1)).gather(1, target)
+    assert result.kl is not None and result.kl.mean == pytest.approx(float(kl(p, q).mean()), rel=1e-6)
+    assert result.kl.max == pytest.approx(float(kl(p, q).max()), rel=1e-6)
+    assert result.top1 == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    assert result.delta_p_rms == pytest.approx(float(change.square().mean().sqrt()), rel=1e-5)
+    assert result.baseline == evaluate(baseline, windows).perplexity
+
+
+def test_more_noise_in_the_weights_is_more_divergence(make_model: MakeModel, windows: Tensor) -> None:
+    baseline, divergences, agreements = make_model(1), [], []
+    for noise in (0.001, 0.01, 0.1):
+        model = copy.deepcopy(baseline)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(noise * torch.randn_like(parameter))
+        result = evaluate_pair(model, baseline, windows)
+        assert result.kl is not None and result.top1 is not None
+        divergences.append(result.kl.mean)
+        agreements.append(result.top1)
+    assert 0 < divergences[0] < divergences[1] / 10 < divergences[2] / 100
+    assert 1 >= agreements[0] >= agreements[1] >= agreements[2]
+
+
+def test_one_reference_serves_many_candidates(make_model: MakeModel, windows: Tensor) -> None:
+    models = [make_model(seed) for seed in (1, 2)]
+    with Reference.compute(make_model(3), windows) as reference:
+        first = [numbers(evaluate(model, windows, reference)) for model in models]
+        again = [numbers(evaluate(model, windows, reference)) for model in reversed(models)]
+    assert first == again[::-1] and first[0] != first[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_reference_keeps_the_models_own_logits(make_model: MakeModel, windows: Tensor, dtype: torch.dtype) -> None:
+    model = make_model(1, dtype)
+    with Reference.compute(model, windows) as reference, torch.inference_mode():
+        assert reference.nll.shape == (len(windows), CONTEXT - 1)
+        for index, window in enumerate(windows):
+            logits, nll = reference.window(index)
+            assert logits.dtype == dtype and torch.equal(logits, model(window[None]).logits[0])
+            assert torch.equal(nll, reference.nll[index])
+
+
+def test_windows_of_a_reference_may_start_anywhere_in_a_page(windows: Tensor) -> None:
+    """A vocabulary of 7 in 16 bits: no window but the first is aligned to anything."""
+    model = Fixed(torch.arange(7.0, dtype=torch.bfloat16))
+    with Reference.compute(model, windows % 7) as reference:
+        for index in range(len(windows)):
+            assert torch.equal(reference.window(index)[0], model.row.detach().expand(CONTEXT, 7))
+
+
+def test_a_reference_for_other_windows_is_refused(make_model: MakeModel, windows: Tensor) -> None:
+    model = make_model(1)
+    with Reference.compute(model, windows) as reference:
+        for other in (windows[:-1], windows[:, :-1], windows.flip(0)):
+            with pytest.raises(LlmQuantError, match="other windows"):
+                evaluate(model, other, reference)
+
+
+def test_a_reference_does_not_follow_its_callers_windows(make_model: MakeModel, windows: Tensor) -> None:
+    with Reference.compute(make_model(1), windows) as reference:
+        windows.zero_()
+        with pytest.raises(LlmQuantError, match="other windows"):
+            evaluate(make_model(1), windows, reference)
+
+
+def test_another_vocabulary_is_refused(windows: Tensor) -> None:
+    with pytest.raises(LlmQuantError, match="differ in shape") as caught:
+        evaluate_pair(Fixed(torch.zeros(VOCAB)), Fixed(torch.zeros(VOCAB + 1)), windows)
+    assert str(VOCAB) in str(caught.value.where) and str(VOCAB + 1) in str(caught.value.where)
+
+
+def test_the_file_is_gone_after_use(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
+    with Reference.compute(make_model(1), windows, folder=tmp_path) as reference:
+        evaluate(make_model(1), windows, reference)
+    assert not list(tmp_path.iterdir()) and reference._file.closed
+    reference.close()
+
+
+def test_the_file_is_gone_after_an_exception_in_the_body(
+    make_model: MakeModel, windows: Tensor, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyError), Reference.compute(make_model(1), windows, folder=tmp_path) as reference:
+        raise KeyError
+    assert not list(tmp_path.iterdir()) and reference._file.closed
+
+
+def test_the_file_is_gone_after_an_exception_while_computing(
+    make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Reference] = []
+    monkeypatch.setattr(Reference, "close", lambda self: (closed.append(self), self._file.close()))
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Reference.compute(make_model(1), windows, interrupt, folder=tmp_path)
+    assert len(closed) == 1 and closed[0]._file.closed and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("spare", "fits"), [(0, True), (-1, False)])
+def test_room_is_checked_to_the_byte_before_anything_is_written(
+    make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: int, fits: bool
+) -> None:
+    need = windows.numel() * VOCAB * 2
+    usage = namedtuple("usage", "total used free")(0, 0, need + spare)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    if fits:
+        Reference.compute(make_model(1, torch.bfloat16), windows, folder=tmp_path).close()
+        return
+    with pytest.raises(NoSpaceError, match=f"{need:,} bytes needed") as caught:
+        Reference.compute(make_model(1, torch.bfloat16), windows, folder=tmp_path)
+    assert caught.value.where == str(tmp_path) and "TMPDIR" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(("number", "error"), [(errno.ENOSPC, NoSpaceError), (errno.EIO, OSError)])
+def test_a_disk_that_fills_up_while_writing_is_told_from_a_broken_one(
+    make_model: MakeModel, windows: Tensor, tmp_path: Path, number: int, error: type[Exception]
+) -> None:
+    class Full:
+        def write(self, data: object) -> None:
+            raise OSError(number, "device")
+
+    reference = Reference(windows, tmp_path)
+    reference.close()
+    reference._file = Full()  # type: ignore[assignment]
+    with pytest.raises(error, match="device") as caught:
+        reference._append(torch.zeros(CONTEXT, VOCAB), torch.zeros(CONTEXT - 1))
+    assert isinstance(caught.value, NoSpaceError) == (number == errno.ENOSPC)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_that_are_not_finite_name_the_window(windows: Tensor, bad: float, dtype: torch.dtype) -> None:
+    logits = torch.zeros(VOCAB, dtype=dtype)
+    logits[VOCAB // 2] = bad
+    for run in (evaluate, Reference.compute):
+        with pytest.raises(LlmQuantError, match="not finite") as caught:
+            run(Fixed(logits), windows)
+        assert caught.value.where == "window 0" and caught.value.hint
+
+
+def test_every_pass_is_lean(windows: Tensor) -> None:
+    """One call per window, no cache, eval mode, no autograd; the model is left as it was."""
+    model = Fixed(torch.zeros(VOCAB)).train()
+    evaluate(model, windows)
+    assert model.calls == [{"use_cache": False, "training": False, "inference": True}] * len(windows)
+    assert model.training and not torch.is_inference_mode_enabled()
+
+
+def test_each_module_gets_its_own_mode_back_even_after_an_exception() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), nn.Dropout()))
+    model.eval()
+    model[1][0].train()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(KeyError), inference(model):
+        assert not any(module.training for module in model.modules())
+        raise KeyError
+    assert [module.training for module in model.modules()] == before
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_progress_counts_windows(make_model: MakeModel, windows: Tensor) -> None:
+    expected = [(done, len(windows)) for done in range(1, len(windows) + 1)]
+    seen: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int) -> None:
+        seen.append((done, total))
+
+    model = make_model(1)
+    with Reference.compute(model, windows, progress) as reference:
+        assert seen == expected
+        evaluate(model, windows, reference, progress)
+    assert seen == expected * 2
+    evaluate_pair(model, model, windows, progress)
+    assert seen == expected * 3
+
+
+def test_the_protocol_tells_the_true_numbers(windows: Tensor) -> None:
+    protocol = Protocol.describe(Text("name", "content", "digest"), windows, 7, "bfloat16", "reference")
+    assert protocol == Protocol("name", "digest", CONTEXT, 5, 7, 5 * (CONTEXT - 1), "bfloat16", "reference")
