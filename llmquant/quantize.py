@@ -25,7 +25,7 @@ from llmquant.tensor import Meta, QuantizedTensor, tensor_class
 Progress = Callable[[int, int, str], None]
 """Called with elements done, elements in all, and the FQN at work."""
 
-# Rows are worked on in chunks that stay in the cache; the algorithms' temporaries take about this many bytes an element.
+# Rows are worked on in chunks that stay in the cache; temporaries of an algorithm take about so many bytes an element.
 _CHUNK_ELEMENTS, _SMALLEST_CHUNK = 2**17, 2**16
 _BYTES_AN_ELEMENT = 64
 
@@ -322,11 +322,11 @@ def _shared_qparams(matrix: Tensor, algorithm: Any, spec: QuantSpec) -> QParams:
     ends = torch.stack(torch.aminmax(matrix)).float()  # the exact extremes, which rounding may have moved
     x = torch.cat([values, ends]).unsqueeze(0)
     importance = torch.cat([counts[present], torch.ones_like(ends)]).unsqueeze(0)
-    return algorithm(x, importance, replace(spec, block=tuple(x.shape))).qparams
+    return algorithm(x, importance, replace(spec, block=(1, x.shape[1]))).qparams
 
 
 def _importance(rows: Tensor, stats: Tensor | None) -> Tensor | None:
-    """Weights of the squared errors: E[a^2] of the column's input times sqrt(mean x^2 + x^2), as llama.cpp's imatrix."""
+    """Weights of squared errors, as llama.cpp's imatrix: E[a^2] of the column's input times sqrt(mean x^2 + x^2)."""
     if stats is None:
         return None
     square = rows.square()

@@ -52,7 +52,7 @@ def check_version(manifest: Mapping[str, Any], where: str) -> None:
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"the checkpoint has format version {version}, this is llmquant {llmquant.__version__} for {FORMAT_VERSION}",
+            f"the checkpoint has format version {version}, llmquant {llmquant.__version__} reads {FORMAT_VERSION}",
             where=where,
             hint="pip install --upgrade llmquant",
         )
@@ -60,15 +60,15 @@ def check_version(manifest: Mapping[str, Any], where: str) -> None:
 
 def verify(manifest: Mapping[str, Any], files: Iterable[str | Path]) -> None:
     """Raises `CheckpointError` if shards are truncated, of another save, or miss a component of a weight."""
-    files = [Path(f) for f in files]
-    check_version(manifest, str(files[0].parent) if files else "config.json")
-    headers = {path: read_header(path) for path in files}
+    paths = [Path(f) for f in files]
+    check_version(manifest, str(paths[0].parent) if paths else "config.json")
+    headers = {path: read_header(path) for path in paths}
     for path, header in headers.items():
         _verify_save(manifest, path, header)
     present = {key: header.tensors[key] for header in headers.values() for key in header.tensors}
     for fqn, described in manifest["weights"].items():
         for key, promised in expected(fqn, described).items():
-            _verify_component(key, promised, present, files)
+            _verify_component(key, promised, present, paths)
 
 
 def _verify_save(manifest: Mapping[str, Any], path: Path, header: Header) -> None:
@@ -79,7 +79,7 @@ def _verify_save(manifest: Mapping[str, Any], path: Path, header: Header) -> Non
         f"this shard belongs to {f'another save ({other})' if other else 'a model that llmquant did not write'}, "
         f"config.json to save {manifest.get('save_id')}",
         where=str(path),
-        hint="a save was interrupted, or files of two saves were mixed, or config.json was edited: save the model again",
+        hint="a save was interrupted, files of two saves were mixed, or config.json was edited: save the model again",
     )
 
 

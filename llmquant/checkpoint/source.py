@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class Source:
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-        prefix = self.skeleton.base_model_prefix
+        prefix = str(self.skeleton.base_model_prefix)
         groups: dict[str, Any] = {}
         for key, read in sorted(self._readers().items(), key=lambda item: dot_natural_key(item[0])):
             name, pattern = rename_source_key(key, renamings, converters, prefix, known)
@@ -165,7 +166,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The files that hold a model's weights. Raises `ModelNotFoundError` for none, `CheckpointError` for a lost shard."""
+    """The files that hold a model's weights. Raises `ModelNotFoundError` for none, `CheckpointError` for lost ones."""
     for single, index in (("model.safetensors", _SAFE_INDEX), ("pytorch_model.bin", _BIN_INDEX)):
         if (folder / single).is_file():
             return (folder / single,)
@@ -242,7 +243,8 @@ def _bin_readers(path: Path) -> dict[str, Callable[[], Tensor]]:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
         raise CheckpointError(f"cannot read the file: {error}", where=str(path)) from error
-    readers: dict[str, Callable[[], Tensor]] = {}
-    for key, tensor in state.items():
-        readers[key] = lambda tensor=tensor: tensor
-    return readers
+    return {key: partial(_given, tensor) for key, tensor in state.items()}
+
+
+def _given(tensor: Tensor) -> Tensor:
+    return tensor

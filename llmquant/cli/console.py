@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from llmquant.errors import LlmQuantError
 
+
+class Report(Protocol):
+    """What a bar is driven by: elements or windows done, in all, and perhaps what is at work."""
+
+    def __call__(self, done: int, total: int, item: str = "", /) -> None: ...
+
+
 console = Console()
 errors = Console(stderr=True)
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+def progress_bar(title: str) -> Iterator[Report]:
     """A bar on stderr, driven by calls with done, total and what is at work."""
     columns = (
         TextColumn("[bold]{task.description}"),
@@ -31,7 +38,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
     with Progress(*columns, console=errors) as bar:
         task = bar.add_task(title, total=None, item="")
 
-        def report(done: int, total: int, item: str = "") -> None:
+        def report(done: int, total: int, item: str = "", /) -> None:
             bar.update(task, completed=done, total=total, item=item)
 
         yield report

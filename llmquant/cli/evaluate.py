@@ -27,8 +27,9 @@ def evaluate(
 ) -> None:
     """Measure perplexity and size, and how far a model is from its 16-bit original.
 
-    Perplexity here is per token, over disjoint windows of the text as it is; it is not lm-eval's word perplexity. Compare
-    only figures with the same protocol, which is printed with them. KL is in nats, from the baseline to the model.
+    Perplexity here is per token, over disjoint windows of the text as it is; it is not lm-eval's word perplexity.
+    Compare only figures with the same protocol, which is printed with them. KL is in nats, from the baseline to the
+    model.
     """
     record = run(model, baseline, text, context, windows, dtype)
     if json:
@@ -105,8 +106,9 @@ def print_record(record: dict[str, Any]) -> None:
     )
     console.print(table, highlight=False)
     console.print(
-        f"[dim]{protocol['text']} {protocol['text_sha256'][:12]}, {protocol['windows']} windows of {protocol['context']}, "
-        f"BOS {protocol['bos']}, {protocol['tokens_scored']} tokens scored, {protocol['dtype']}, {protocol['backend']}, "
+        f"[dim]{protocol['text']} {protocol['text_sha256'][:12]}, {protocol['windows']} windows of "
+        f"{protocol['context']}, BOS {protocol['bos']}, {protocol['tokens_scored']} tokens scored, "
+        f"{protocol['dtype']}, {protocol['backend']}, "
         f"{record['seconds']:.0f} s[/]",
         highlight=False,
         soft_wrap=True,

@@ -103,7 +103,7 @@ def parse_size(text: str) -> int:
     number, factor = (text[:-2], units[text[-2:].upper()]) if text[-2:].upper() in units else (text, 1)
     try:
         found = int(float(number) * factor)
-    except ValueError:
+    except (ValueError, OverflowError):
         found = 0
     if found <= 0:
         raise ConfigError(f"cannot read the size {text!r}", hint="for instance 500MB or 2GB")

@@ -110,7 +110,9 @@ def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = matmul(grad, ctx.weight) if ctx.needs_input_grad[0] else None
-    grad_bias = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype) if ctx.needs_input_grad[7] else None
+    grad_bias = None
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[7]:  # without a bias there is no eighth input
+        grad_bias = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype)
     return grad_x, None, None, None, None, None, None, grad_bias
 
 
