@@ -25,9 +25,12 @@ def rtn(rows: Tensor, importance: Tensor | None, spec: QuantSpec) -> Codes:
 
 
 def blocks_and_weights(rows: Tensor, importance: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Rows and their importance as blocks [B, G, n]; padding weighs nothing."""
+    """Rows and their importance as blocks [B, G, n]; padding weighs nothing.
+
+    Contiguous, so that sums do not depend on how the caller's tensor lies in memory.
+    """
     weights = torch.ones_like(rows) if importance is None else importance
-    return to_blocks(rows, spec.block), to_blocks(weights, spec.block)
+    return to_blocks(rows.contiguous(), spec.block), to_blocks(weights.contiguous(), spec.block)
 
 
 def encode_rows(rows: Tensor, qparams: QParams, spec: QuantSpec) -> Codes:

@@ -66,9 +66,16 @@ def verify(manifest: Mapping[str, Any], files: Iterable[str | Path]) -> None:
     for path, header in headers.items():
         _verify_save(manifest, path, header)
     present = {key: header.tensors[key] for header in headers.values() for key in header.tensors}
-    for fqn, described in manifest["weights"].items():
+    for fqn, described in _weights(manifest).items():
         for key, promised in expected(fqn, described).items():
             _verify_component(key, promised, present, paths)
+
+
+def _weights(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    weights = manifest.get("weights")
+    if not isinstance(weights, Mapping):
+        raise CheckpointError("the manifest lists no weights", where="config.json", hint="save the model again")
+    return weights
 
 
 def _verify_save(manifest: Mapping[str, Any], path: Path, header: Header) -> None:

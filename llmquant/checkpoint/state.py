@@ -51,15 +51,27 @@ def entry(meta: Meta, shape: Iterable[int], scale_dtype: torch.dtype, asymmetric
 
 
 def expected(fqn: str, described: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of every component of a weight: what its entry promises."""
-    fmt = get_format(described["format"])
-    *experts, rows, columns = logical_shape(described)
-    across, along = block_counts(rows, columns, tuple(described["block"]))
+    """Dtype and shape of every component of a weight: what its entry promises.
+
+    Raises:
+        CheckpointError: for an entry that this version cannot read.
+    """
+    try:
+        fmt = get_format(described["format"])
+        *experts, rows, columns = logical_shape(described)
+        across, along = block_counts(rows, columns, tuple(described["block"]))
+        scale_dtype, asymmetric = getattr(torch, described["scale_dtype"]), described["asymmetric"]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise CheckpointError(
+            f"cannot read what the manifest says of a weight: {getattr(error, 'what', repr(error))}",
+            where=fqn,
+            hint="a later llmquant may have written it: pip install --upgrade llmquant",
+        ) from error
     found = {
         component_key(fqn, "qdata"): (torch.uint8, (*experts, rows, fmt.row_bytes(columns), 1)),
-        component_key(fqn, "scale"): (getattr(torch, described["scale_dtype"]), (*experts, across, along)),
+        component_key(fqn, "scale"): (scale_dtype, (*experts, across, along)),
     }
-    if described["asymmetric"]:
+    if asymmetric:
         found[component_key(fqn, "zero_point")] = (torch.uint8, (*experts, across, fmt.row_bytes(along)))
     return found
 

@@ -41,9 +41,17 @@ class LlmQuantConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, config: Any = None, **manifest: Any) -> None:
+        if manifest and "quant_method" not in manifest:
+            raise ConfigError(
+                f"LlmQuantConfig knows no {', '.join(map(repr, manifest))}",
+                hint='say it all in one config, for instance LlmQuantConfig("int4-g64")',
+            )
         self.quant_method = METHOD  # type: ignore[assignment]
         self.manifest = manifest | {"quant_method": METHOD}
-        self.config = [] if config is None else recipe.to_pairs(recipe.to_config(config))
+        if "format_version" in manifest:
+            self.config = config  # as it was saved: the hash covers it, and a later version may say more in it
+        else:
+            self.config = [] if config is None else recipe.to_pairs(recipe.to_config(config))
 
     @property
     def fqn_to_config(self) -> FqnToConfig:
@@ -61,12 +69,12 @@ class LlmQuantConfig(QuantizationConfigMixin):
 
     def renew(self, entries: Mapping[str, Any]) -> dict[str, Any]:
         """A manifest of these weights with a new save id; it becomes what `to_dict` gives."""
-        self.manifest = new_manifest(self.config, entries)
+        self.manifest = new_manifest(self.config or [], entries)
         return self.manifest
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as it stands in config.json."""
-        return {**self.manifest, "config": self.config}
+        return {**self.manifest} if self.config is None else {**self.manifest, "config": self.config}
 
     def __iter__(self) -> Any:
         yield from self.to_dict().items()
@@ -106,7 +114,7 @@ class LlmQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
-            verify(self.quantization_config.weights and self.quantization_config.to_dict(), self._files(kwargs))
+            verify(self.quantization_config.to_dict(), self._files(kwargs))
         else:
             plan = make_plan(model, self.quantization_config.fqn_to_config)
             for candidate, config in plan.chosen:

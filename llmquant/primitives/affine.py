@@ -48,8 +48,8 @@ def candidates(x: Tensor, importance: Tensor, spec: QuantSpec) -> Iterator[QPara
     if spec.format.bits == 1 and plain.zero_point is None:
         return  # two codes: the plain rule is the least-squares solution already
     start = plain.scale.float()
-    for zero_point in _zero_points(plain, spec.format):
-        for ratio in _RATIOS[spec.format.bits]:
+    for zero_point, ratios in _zero_points(plain, spec.format):
+        for ratio in ratios:
             trial = QParams(start * ratio, zero_point)
             distance = encode(x, trial, spec.format).float().sub_(_zero(trial, spec.format))
             yield QParams(_least_squares(x, distance, importance, spec), zero_point)
@@ -110,13 +110,17 @@ def _zero(qparams: QParams, fmt: Format) -> Tensor | float:
     return fmt.midpoint if qparams.zero_point is None else qparams.zero_point.float().unsqueeze(-1)
 
 
-def _zero_points(plain: QParams, fmt: Format) -> Iterator[Tensor | None]:
-    """The plain zero point and, where there is one, its two neighbours."""
-    if plain.zero_point is None:
-        yield None
+def _zero_points(plain: QParams, fmt: Format) -> Iterator[tuple[Tensor | None, list[float]]]:
+    """The plain zero point and, where there is one, its two neighbours; each with the ratios to try.
+
+    A third of the ratios is enough for the neighbours: more find nothing better on normal or heavy-tailed weights.
+    """
+    zero_point, ratios = plain.zero_point, _RATIOS[fmt.bits]
+    yield zero_point, ratios
+    if zero_point is None:
         return
-    for step in (0, -1, 1):
-        yield (plain.zero_point.int() + step).clamp_(0, fmt.top_code).to(torch.uint8)
+    for step in (-1, 1):
+        yield (zero_point.int() + step).clamp_(0, fmt.top_code).to(torch.uint8), ratios[1::3]
 
 
 def _least_squares(x: Tensor, distance: Tensor, importance: Tensor, spec: QuantSpec) -> Tensor:

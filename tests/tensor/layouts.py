@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from cases import Case, make_weight
@@ -38,10 +39,16 @@ class Layout:
         return (EXPERTS, *matrix) if self.experts else matrix
 
     def quantize(self, case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> QuantizedTensor:
-        return case.quantize(make_weight(self.shape, dtype, seed), self.transposed)
+        """A tensor of its own each time, from a weight that is quantized once."""
+        return _quantized(self, case, dtype, seed).clone()
 
     def __str__(self) -> str:
         return ("3d" if self.experts else "2d") + ("-transposed" if self.transposed else "")
+
+
+@cache
+def _quantized(at: Layout, case: Case, dtype: torch.dtype, seed: int) -> QuantizedTensor:
+    return case.quantize(make_weight(at.shape, dtype, seed), at.transposed)
 
 
 LAYOUTS = [Layout(experts, transposed) for experts in (False, True) for transposed in (False, True)]

@@ -1,0 +1,293 @@
+"""Configs and the short schemes that stand for them: one meaning, two spellings, and exact errors."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmquant.config.schemes import (
+    SCALE_DTYPES,
+    Float8WeightOnlyConfig,
+    Int4WeightOnlyConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    WeightOnlyConfig,
+    from_dict,
+    parse_config,
+    parse_scheme,
+)
+from llmquant.errors import ConfigError, LlmQuantError
+from llmquant.formats import FORMATS
+from llmquant.primitives.granularity import MappingType, PerAxis, PerGroup, PerRow, PerTensor, PerToken
+
+ASYM = MappingType.ASYMMETRIC
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> WeightOnlyConfig:
+    row = FORMATS[draw(st.sampled_from(sorted(FORMATS)))]
+    granularity = {"group": PerGroup(draw(st.integers(1, 4096))), "row": PerRow(), "tensor": PerTensor()}
+    return WeightOnlyConfig(
+        row.name,
+        granularity[draw(st.sampled_from(row.granularities))],
+        draw(st.sampled_from(list(MappingType) if row.asymmetric else [MappingType.SYMMETRIC])),
+        draw(st.sampled_from([None, *SCALE_DTYPES.values()])),
+        draw(st.sampled_from([None, *row.algorithms])),
+    )
+
+
+# --- the grammar ------------------------------------------------------------------------------------------
+
+GRAMMAR = [
+    ("none", None),
+    ("int4", WeightOnlyConfig("int4", PerGroup(128))),
+    ("int4-g64", WeightOnlyConfig("int4", PerGroup(64))),
+    ("int4-g128", WeightOnlyConfig("int4", PerGroup(128))),
+    ("int4-row", WeightOnlyConfig("int4", PerRow())),
+    ("int4-tensor", WeightOnlyConfig("int4", PerTensor())),
+    ("int4-sym", WeightOnlyConfig("int4")),
+    ("int4-asym", WeightOnlyConfig("int4", None, ASYM)),
+    ("int4-g32-asym", WeightOnlyConfig("int4", PerGroup(32), ASYM)),
+    ("int4-row-sym", WeightOnlyConfig("int4", PerRow())),
+    ("int3-g7", WeightOnlyConfig("int3", PerGroup(7))),
+    ("int8", WeightOnlyConfig("int8", PerRow())),
+    ("int8-tensor-asym", WeightOnlyConfig("int8", PerTensor(), ASYM)),
+    ("int1-g32", WeightOnlyConfig("int1", PerGroup(32))),
+    ("float8", WeightOnlyConfig("float8", PerRow())),
+    ("float8-tensor", WeightOnlyConfig("float8", PerTensor())),
+    ("float8-e5m2", WeightOnlyConfig("float8-e5m2", PerRow())),
+    ("float8-e5m2-tensor-sym", WeightOnlyConfig("float8-e5m2", PerTensor())),
+]
+
+
+@pytest.mark.parametrize(("scheme", "config"), GRAMMAR, ids=[scheme for scheme, _ in GRAMMAR])
+def test_schemes_and_what_they_mean(scheme: str, config: WeightOnlyConfig | None) -> None:
+    assert parse_scheme(scheme) == config == parse_config(scheme)
+    if config is not None:
+        assert parse_scheme(config.scheme) == config and str(config) == config.scheme
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_name_of_a_format_is_a_scheme_with_its_defaults(name: str) -> None:
+    row = FORMATS[name]
+    config = parse_scheme(name)
+    assert config == WeightOnlyConfig(name) and config.scheme == name
+    assert config.granularity == (PerGroup(row.group_size) if row.group_size else PerRow())
+    assert config.algorithm == row.algorithms[0] and config.mapping_type is MappingType.SYMMETRIC
+
+
+@given(configs())
+def test_a_scheme_says_format_granularity_and_mapping(config: WeightOnlyConfig) -> None:
+    found = parse_scheme(config.scheme)
+    assert (found.format, found.granularity, found.mapping_type) == (
+        config.format,
+        config.granularity,
+        config.mapping_type,
+    )
+    assert parse_scheme(found.scheme) == found and found.scheme == config.scheme
+
+
+@given(configs())
+def test_json_round_trip(config: WeightOnlyConfig) -> None:
+    plain = json.loads(json.dumps(config.to_dict()))
+    found = from_dict(plain)
+    assert found == config and hash(found) == hash(config) and found.to_dict() == plain
+    assert parse_config(plain) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+@given(configs(), configs())
+def test_equal_means_the_same_in_every_field(a: WeightOnlyConfig, b: WeightOnlyConfig) -> None:
+    same = all(
+        getattr(a, name) == getattr(b, name)
+        for name in ("format", "granularity", "mapping_type", "scale_dtype", "algorithm")
+    )
+    assert (a == b) == same
+    assert a != "int4" and a != None  # noqa: E711
+
+
+@given(configs(), st.integers(1, 500), st.integers(1, 5000))
+def test_spec(config: WeightOnlyConfig, rows: int, columns: int) -> None:
+    spec = config.spec(rows, columns)
+    assert spec.format is FORMATS[config.format] and spec.scale_dtype == config.scale_dtype
+    expected = {"PerAxis": (1, columns), "PerTensor": (rows, columns)}
+    if isinstance(config.granularity, PerGroup):
+        assert spec.block == (1, min(config.granularity.group_size, columns))
+    else:
+        assert spec.block == expected[type(config.granularity).__name__]
+
+
+def test_scales_are_float16_for_groups_and_float32_elsewhere() -> None:
+    for row in FORMATS.values():
+        for shared, granularity in (("group", PerGroup(32)), ("row", PerRow()), ("tensor", PerTensor())):
+            if shared in row.granularities:
+                expected = torch.float16 if shared == "group" else torch.float32
+                assert WeightOnlyConfig(row.name, granularity).scale_dtype == expected
+
+
+# --- named configs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("named", "scheme"),
+    [
+        (Int4WeightOnlyConfig(), "int4"),
+        (Int4WeightOnlyConfig(32), "int4-g32"),
+        (Int4WeightOnlyConfig(group_size=64, mapping_type=ASYM), "int4-g64-asym"),
+        (Int8WeightOnlyConfig(), "int8"),
+        (Int8WeightOnlyConfig(PerTensor(), ASYM), "int8-tensor-asym"),
+        (IntxWeightOnlyConfig(), "int8"),
+        (IntxWeightOnlyConfig(torch.int3, PerGroup(32)), "int3-g32"),
+        (IntxWeightOnlyConfig(torch.int1, PerAxis(0), ASYM), "int1-asym"),
+        (IntxWeightOnlyConfig(torch.int4), "int4-row"),
+        (Float8WeightOnlyConfig(), "float8"),
+        (Float8WeightOnlyConfig(E5M2), "float8-e5m2"),
+        (Float8WeightOnlyConfig(E4M3, PerTensor()), "float8-tensor"),
+    ],
+    ids=str,
+)
+def test_named_configs_are_typed_fronts(named: WeightOnlyConfig, scheme: str) -> None:
+    plain = parse_scheme(scheme)
+    assert named == plain and plain == named and hash(named) == hash(plain)
+    assert named.scheme == scheme and from_dict(named.to_dict()) == named
+    assert pickle.loads(pickle.dumps(named)) == named
+
+
+def test_named_configs_pass_on_what_schemes_cannot_say() -> None:
+    config = Int4WeightOnlyConfig(64, scale_dtype=torch.bfloat16, algorithm="rtn")
+    assert config == WeightOnlyConfig("int4", PerGroup(64), scale_dtype=torch.bfloat16, algorithm="rtn")
+    assert config != parse_scheme("int4-g64") and config.scheme == "int4-g64"
+    assert IntxWeightOnlyConfig(torch.int5, algorithm="rtn").algorithm == "rtn"
+    assert Int8WeightOnlyConfig(PerGroup(32), scale_dtype=torch.float16).scale_dtype == torch.float16
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_integer_dtype_of_torch_has_its_format(bits: int) -> None:
+    assert IntxWeightOnlyConfig(getattr(torch, f"int{bits}")).format == f"int{bits}"
+
+
+def test_configs_do_not_change() -> None:
+    config = parse_scheme("int4")
+    with pytest.raises(AttributeError):
+        config.format = "int8"
+
+
+def test_another_algorithm() -> None:
+    assert parse_scheme("int4-g64").with_algorithm("rtn") == Int4WeightOnlyConfig(64, algorithm="rtn")
+    float8 = parse_scheme("float8")
+    assert float8.with_algorithm("search") == float8
+
+
+# --- mappings ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "scheme"),
+    [
+        ({"format": "int4"}, "int4"),
+        ({"format": "int4", "group_size": 64}, "int4-g64"),
+        ({"format": "int4", "granularity": "group-64"}, "int4-g64"),
+        ({"format": "int4", "granularity": "row", "mapping_type": "asymmetric"}, "int4-row-asym"),
+        ({"format": "float8", "granularity": "tensor", "scale_dtype": "float32"}, "float8-tensor"),
+        ({"format": "int4", "algorithm": "search", "scale_dtype": None, "granularity": None}, "int4"),
+    ],
+    ids=str,
+)
+def test_mappings(values: dict[str, Any], scheme: str) -> None:
+    before = dict(values)
+    assert from_dict(values) == parse_scheme(scheme)
+    assert values == before
+
+
+def test_none_is_none() -> None:
+    assert parse_config(None) is None and parse_config("none") is None
+
+
+# --- errors -----------------------------------------------------------------------------------------------
+
+BAD_SCHEMES = {
+    "": "unknown scheme",
+    "itn4": "int4",
+    "int9": "int8",
+    "int": "int",
+    "float16": "float8",
+    "int4-": "'-'",
+    "int4_g64": "int4",
+    "int4-g": "-g<size>",
+    "int4-g0": "at least 1",
+    "int4-g-64": "g-64",
+    "int4-64": "-64",
+    "int4-g64-row": "-row",
+    "int4-asym-g64": "-asym-g64",
+    "int4-g64-asymm": "asymm",
+    "INT4": "int4",
+    " int4": "int4",
+    "int4 ": "int4",
+    "none-g64": "none",
+    "float8-asym": "symmetric only",
+    "float8-g64": "no scales per group",
+    "float8-e4m3": "-e4m3",
+}
+
+
+@pytest.mark.parametrize("scheme", BAD_SCHEMES)
+def test_bad_schemes_say_what_is_wrong(scheme: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_scheme(scheme)
+    assert BAD_SCHEMES[scheme] in str(caught.value)
+    assert isinstance(caught.value, LlmQuantError) and isinstance(caught.value, ValueError)
+
+
+@given(st.text(max_size=20))
+def test_no_text_does_anything_but_parse_or_raise_a_config_error(text: str) -> None:
+    try:
+        config = parse_scheme(text)
+    except ConfigError:
+        return
+    assert config is None or parse_scheme(config.scheme) == config
+
+
+@given(st.sampled_from(sorted(FORMATS)), st.text("-g0123456789rowtensaymi", max_size=12))
+def test_no_suffix_does_anything_but_parse_or_raise_a_config_error(name: str, suffix: str) -> None:
+    try:
+        config = parse_scheme(name + suffix)
+    except ConfigError:
+        return
+    assert config is not None and parse_scheme(config.scheme) == config
+
+
+BAD_CONFIGS: dict[str, tuple[Any, str]] = {
+    "unknown format": (lambda: WeightOnlyConfig("int9"), "int8"),
+    "no scales per column": (lambda: WeightOnlyConfig("int4", PerAxis(1)), "axis=1"),
+    "per token": (lambda: WeightOnlyConfig("int4", PerToken()), "PerToken"),
+    "groups of float8": (lambda: WeightOnlyConfig("float8", PerGroup(32)), "row, tensor"),
+    "asymmetric float8": (lambda: WeightOnlyConfig("float8", mapping_type=ASYM), "symmetric only"),
+    "scales of another dtype": (lambda: WeightOnlyConfig("int4", scale_dtype=torch.float64), "float64"),
+    "scales of integers": (lambda: WeightOnlyConfig("int4", scale_dtype=torch.int8), "float16"),
+    "unknown algorithm": (lambda: WeightOnlyConfig("int4", algorithm="gptqq"), "rtn"),
+    "no search for float8": (lambda: WeightOnlyConfig("float8", algorithm="search"), "rtn"),
+    "no integer": (lambda: IntxWeightOnlyConfig(torch.float32), "torch.int4"),
+    "no float8": (lambda: Float8WeightOnlyConfig(torch.int8), "float8_e4m3fn"),
+    "empty group": (lambda: Int4WeightOnlyConfig(0), "at least 1"),
+    "no format": (lambda: from_dict({"group_size": 64}), "'format'"),
+    "misspelt field": (lambda: from_dict({"format": "int4", "groupsize": 64}), "group_size"),
+    "misspelt mapping": (lambda: from_dict({"format": "int4", "mapping_type": "asym"}), "asymmetric"),
+    "misspelt granularity": (lambda: from_dict({"format": "int4", "granularity": "rows"}), "row"),
+    "misspelt scale": (lambda: from_dict({"format": "int4", "scale_dtype": "fp16"}), "float16"),
+    "group of no size": (lambda: from_dict({"format": "int4", "group_size": "big"}), "group-big"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_bad_configs_say_what_is_wrong(name: str) -> None:
+    call, text = BAD_CONFIGS[name]
+    with pytest.raises(ConfigError) as caught:
+        call()
+    assert text in str(caught.value)
