@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# One thread: on tiny tensors more only wait for each other, on a busy machine for long. Processes that tests start too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 from hypothesis import settings
 
+torch.set_num_threads(1)
 settings.register_profile("llmquant", deadline=None, derandomize=True, database=None)
 settings.load_profile("llmquant")
 

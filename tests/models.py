@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from enum import StrEnum, auto
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmquant.config.fqn import FqnToConfig
@@ -180,3 +182,44 @@ def assert_same(a: Mapping[str, Bytes], b: Mapping[str, Bytes]) -> None:
     """Two sets of tensors agree bit for bit; the message names those that do not, not their bytes."""
     assert sorted(a) == sorted(b)
     assert not [f"{key}: {a[key][:2]} and {b[key][:2]}" for key in a if a[key] != b[key]]
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Changes the tensors of a safetensors file and keeps its metadata."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata=metadata)
+
+
+class Shape(StrEnum):
+    """The ways in which a plain checkpoint may lie in its folder."""
+
+    single = auto()
+    sharded = auto()
+    bin = auto()
+    sharded_bin = auto()
+
+    def make(self, folder: Path, target: Path) -> Path:
+        """A copy of a single-file checkpoint in this shape."""
+        if self is Shape.single:
+            return copy(folder, target)
+        if self is Shape.sharded:
+            load(folder).save_pretrained(target, max_shard_size="30KB")
+            return target
+        return to_bin(folder, target, 3 if self is Shape.sharded_bin else 1)
+
+
+def to_bin(folder: Path, target: Path, count: int = 1) -> Path:
+    """A copy of a checkpoint as old versions wrote it: pickles, perhaps several with an index."""
+    tensors = load_file(copy(folder, target) / "model.safetensors")
+    (target / "model.safetensors").unlink()
+    if count == 1:
+        torch.save(tensors, target / "pytorch_model.bin")
+        return target
+    names = {key: f"pytorch_model-{i % count + 1:05d}-of-{count:05d}.bin" for i, key in enumerate(sorted(tensors))}
+    for name in set(names.values()):
+        torch.save({key: t for key, t in tensors.items() if names[key] == name}, target / name)
+    (target / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    return target

@@ -1,4 +1,4 @@
-"""The laws of the layout: imports point one way, no module is a drawer, and importing the library is cheap and silent."""
+"""The laws of the layout: imports point one way, no module is a drawer, importing the library is cheap and silent."""
 
 from __future__ import annotations
 

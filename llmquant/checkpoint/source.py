@@ -51,12 +51,18 @@ class Source:
         Keys of the file go through transformers' own conversion mapping (renames, merges of experts, splits).
 
         Raises:
-            CheckpointError: for a file that cannot be read, and for parameters that no file holds.
+            CheckpointError: for a file that cannot be read, for parameters that no file holds, and for other shapes.
         """
-        groups = dict(self._groups())
+        groups, known = dict(self._groups()), self.skeleton.state_dict()
         missing = set(self._required(groups))
         for name, value in self._converted(groups):
             missing.discard(name)
+            if name in known and value.shape != known[name].shape:
+                raise CheckpointError(
+                    f"the shape {tuple(value.shape)} in the file is not the model's {tuple(known[name].shape)}",
+                    where=f"{self.folder}: {name}",
+                    hint="config.json and the weights may belong to different models",
+                )
             yield name, value
         if missing:
             raise CheckpointError(
@@ -125,7 +131,7 @@ def open_source(model: str | Path, dtype: torch.dtype | None = None) -> Source:
             f"the model is quantized already (by {method})", where=str(folder), hint="start from the 16-bit model"
         )
     files = weight_files(folder)
-    dtype = dtype or _own_dtype(config, files)
+    dtype = dtype or _own_dtype(folder, config, files)
     return Source(folder, config, dtype, build_skeleton(folder, config, dtype), files)
 
 
@@ -134,7 +140,7 @@ def locate(model: str | Path) -> Path:
     path = Path(model)
     if path.is_dir():
         return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)):
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(model)):
         raise ModelNotFoundError(
             "no such model folder", where=str(model), hint="a folder with config.json and safetensors, or a hub id"
         )
@@ -171,7 +177,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         if (folder / single).is_file():
             return (folder / single,)
         if (folder / index).is_file():
-            names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+            names = _indexed_files(folder / index)
             lost = [name for name in names if not (folder / name).is_file()]
             if lost:
                 raise CheckpointError(
@@ -181,9 +187,18 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     raise ModelNotFoundError("the folder holds no model.safetensors (nor pytorch_model.bin)", where=str(folder))
 
 
+def _indexed_files(index: Path) -> list[str]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(names, key=Path)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"cannot read the index of the shards: {error!r}", where=str(index)) from error
+
+
 def build_skeleton(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
     """The model of a config on the meta device. Raises `ModelNotFoundError` for what transformers does not know."""
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     names = config.get("architectures") or []
     try:
@@ -193,7 +208,7 @@ def build_skeleton(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> 
             if cls is None:
                 return transformers.AutoModelForCausalLM.from_config(parsed, dtype=dtype)
             return cls._from_config(parsed, dtype=dtype)
-    except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, ImportError, AttributeError, TypeError, StrictDataclassError) as error:
         raise ModelNotFoundError(
             f"transformers {transformers.__version__} cannot build a {config.get('model_type')!r} model: {error}",
             where=str(folder),
@@ -210,18 +225,24 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return found
 
 
-def _own_dtype(config: dict[str, Any], files: tuple[Path, ...]) -> torch.dtype:
+def _own_dtype(folder: Path, config: dict[str, Any], files: tuple[Path, ...]) -> torch.dtype:
     """The dtype that `from_pretrained` would choose: config.json's, else that of the first floating tensor."""
     text = config.get("text_config") or {}
     name = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
     if name:
-        return getattr(torch, str(name))
-    for path in files:
-        tensors = read_header(path).tensors.values() if path.suffix == ".safetensors" else []
-        for dtype, _ in tensors:
-            if dtype is not None and dtype.is_floating_point:
-                return dtype
-    return torch.float32
+        found = getattr(torch, str(name), None)
+        if not isinstance(found, torch.dtype):
+            raise ModelNotFoundError(f"config.json names the dtype {name!r}, which torch lacks", where=str(folder))
+        return found
+    floating = (dtype for path in files for dtype in _dtypes(path) if dtype is not None and dtype.is_floating_point)
+    return next(floating, torch.float32)
+
+
+def _dtypes(path: Path) -> Iterator[torch.dtype | None]:
+    if path.suffix == ".safetensors":
+        yield from (dtype for dtype, _ in read_header(path).tensors.values())
+    else:
+        yield from (read().dtype for read in _bin_readers(path).values())
 
 
 def _safetensors_readers(path: Path) -> dict[str, Callable[[], Tensor]]:

@@ -115,7 +115,7 @@ def _converted(
         done += value.numel()
         value = cast(first, value)
         if first in written:
-            _same_or_refuse(first, name, written[first], value, source)
+            _same_or_refuse(first, canonical, written[first], value, source)
             continue
         if first in canonical.values():
             written[first] = value
@@ -160,10 +160,11 @@ def _canonical_names(source: Source) -> dict[str, str]:
     return dict(getattr(source.skeleton, "all_tied_weights_keys", {}))
 
 
-def _same_or_refuse(first: str, name: str, kept: Tensor, value: Tensor, source: Source) -> None:
+def _same_or_refuse(first: str, canonical: dict[str, str], kept: Tensor, value: Tensor, source: Source) -> None:
     if not torch.equal(kept, value):
+        names = ", ".join(name for name, target in canonical.items() if target == first)
         raise CheckpointError(
-            f"config.json ties {name} to {first}, but the checkpoint holds different values for them",
+            f"config.json ties {names} to {first}, but the checkpoint holds different values for them",
             where=str(source.folder),
             hint='set "tie_word_embeddings": false in config.json',
         )

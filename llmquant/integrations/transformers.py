@@ -18,7 +18,7 @@ from llmquant.checkpoint.state import assemble, component_key, expected, state_d
 from llmquant.config import recipe
 from llmquant.config.fqn import FqnToConfig
 from llmquant.config.schemes import WeightOnlyConfig
-from llmquant.errors import CheckpointError, ConfigError, ModelNotFoundError
+from llmquant.errors import BadWeightError, CheckpointError, ConfigError, ModelNotFoundError
 from llmquant.quantize import (
     AFTER_QUANTIZE,
     QuantizationReport,
@@ -92,6 +92,7 @@ class LlmQuantizer(HfQuantizer):
         self.report = QuantizationReport()
         self._chosen: dict[str, tuple[WeightOnlyConfig, bool]] = {}  # FQN -> config, transposed
         self._names: dict[str, tuple[str, ...]] = {}
+        self._failure: BadWeightError | None = None
 
     # --- loading --------------------------------------------------------------------------------------
 
@@ -161,6 +162,8 @@ class LlmQuantizer(HfQuantizer):
         )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._failure is not None:
+            raise self._failure
         self._quantize_the_rest(model)
         # Saving writes the model's own names again, so there is nothing to revert.
         model._weight_conversions = []
@@ -178,7 +181,10 @@ class LlmQuantizer(HfQuantizer):
     def quantize(self, fqn: str, weight: Tensor) -> QuantizedTensor:
         """Quantizes one parameter as planned and reports it."""
         config, transposed = self._chosen[fqn]
-        quantized = quantize_weight(weight, config, transposed=transposed)
+        try:
+            quantized = quantize_weight(weight, config, transposed=transposed)
+        except BadWeightError as error:
+            raise BadWeightError(error.what, where=fqn, hint=error.hint) from error
         self.report.bytes_before += weight.nbytes
         self.report.quantized[fqn] = report_weight(self._names[fqn], quantized, config, weight.nbytes)
         return quantized
@@ -247,7 +253,12 @@ class _Quantize(ConversionOps):
             return value
         dtype = model.get_parameter(fqn).dtype
         value = value if value.dtype == dtype else value.to(dtype)
-        return nn.Parameter(self.quantizer.quantize(fqn, value), requires_grad=False)
+        try:
+            return nn.Parameter(self.quantizer.quantize(fqn, value), requires_grad=False)
+        except BadWeightError as error:
+            # Raised here, it would end in a log and a RuntimeError of transformers; it is raised after the loading.
+            self.quantizer._failure = self.quantizer._failure or error
+            return value
 
 
 class _Assemble(ConversionOps):

@@ -30,10 +30,20 @@ def values(codes: Codes, spec: QuantSpec) -> Tensor:
     return from_blocks(decoded, *codes.codes.shape, spec.block)
 
 
+def search_weights(rows: Tensor, spec: QuantSpec) -> Tensor:
+    """What search takes for the importance of an element when nobody says: |x| + sqrt(2 mean x^2) of its block."""
+    found = rows.double().abs()
+    for top in range(0, rows.shape[0], spec.block[0]):
+        for left in range(0, rows.shape[1], spec.block[1]):
+            block = slice(top, top + spec.block[0]), slice(left, left + spec.block[1])
+            found[block] += (2 * rows[block].double().square().mean()).sqrt()
+    return found
+
+
 def errors(rows: Tensor, importance: Tensor | None, codes: Codes, spec: QuantSpec) -> Tensor:
     """Weighted squared error of each block in float64, from what would be stored."""
-    weights = torch.ones_like(rows) if importance is None else importance
-    error = (values(codes, spec).double() - rows.double()).square() * weights.double()
+    weights = search_weights(rows, spec) if importance is None else importance.double()
+    error = (values(codes, spec).double() - rows.double()).square() * weights
     return to_blocks(error, spec.block).sum(-1)
 
 
@@ -78,7 +88,9 @@ def test_search_is_never_worse_than_rtn_in_any_block(case: Case, rows: Tensor, d
     assert torch.all(found <= plain * (1 + 1e-4) + 1e-30)
 
 
-@pytest.mark.parametrize("case", [c for c in SEARCHED if c.scheme not in ("int1-g32", "int1-row", "int1-tensor")], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in SEARCHED if c.scheme not in ("int1-g32", "int1-row", "int1-tensor")], ids=str
+)
 def test_search_is_better_than_rtn_on_normal_weights(case: Case) -> None:
     rows = make_weight((8, 192))
     spec = spec_of(case, rows)
@@ -158,9 +170,8 @@ def test_search_compares_with_the_errors_of_what_will_be_stored() -> None:
     for name in case.format.algorithms:
         codes = ALGORITHMS[name](rows, None, spec)
         x, weights = blocks_and_weights(rows, None, spec)
-        torch.testing.assert_close(
-            weighted_error(x, weights, codes.qparams, spec).double(), errors(rows, None, codes, spec)
-        )
+        found = weighted_error(x, weights, codes.qparams, spec).double()
+        torch.testing.assert_close(found, errors(rows, torch.ones_like(rows), codes, spec))
 
 
 @pytest.mark.parametrize("case", [c for c in SEARCHED if c.scheme.startswith(("int2-g32", "int4-g32"))], ids=str)
@@ -169,17 +180,30 @@ def test_search_is_close_to_the_best_of_a_fine_grid(case: Case) -> None:
     rows = make_weight((6, 32), seed=5)
     spec = spec_of(case, rows)
     numerics, x = spec.format.numerics, rows.unsqueeze(1)
-    ones = torch.ones_like(x)
-    plain = numerics.choose_qparams(x, ones, spec)
+    weights = search_weights(rows, spec).float().unsqueeze(1)
+    plain = numerics.choose_qparams(x, weights, spec)
     points = range(2**spec.format.bits) if case.asymmetric else [None]
     best = torch.full(plain.scale.shape, float("inf"))
     for ratio in torch.linspace(0.4, 1.3, 100).tolist():
         for point in points:
             zeros = None if point is None else torch.full_like(plain.zero_point, point)
             trial = plain._replace(scale=(plain.scale.float() * ratio).to(spec.scale_dtype), zero_point=zeros)
-            best = best.minimum(weighted_error(x, ones, trial, spec))
+            best = best.minimum(weighted_error(x, weights, trial, spec))
     found = errors(rows, None, ALGORITHMS["search"](rows, None, spec), spec).sum().item()
     assert 0.9 * best.sum().item() < found < 1.03 * best.sum().item()
+
+
+def test_without_importance_search_weighs_large_weights_more() -> None:
+    rows = make_weight((16, 96), seed=7)
+    for case in (Case("int4-g32"), Case("int3-g32-asym"), Case("int2-row"), Case("int5-tensor")):
+        spec = spec_of(case, rows)
+        found = ALGORITHMS["search"](rows, None, spec)
+        expected = ALGORITHMS["search"](rows, search_weights(rows, spec).float(), spec)
+        assert torch.allclose(errors(rows, None, found, spec), errors(rows, None, expected, spec), rtol=1e-3)
+        flat = ALGORITHMS["search"](rows, torch.ones_like(rows), spec)
+        assert errors(rows, None, found, spec).sum() < errors(rows, None, flat, spec).sum()
+        ones = torch.ones_like(rows)
+        assert errors(rows, ones, flat, spec).sum() < errors(rows, ones, found, spec).sum()
 
 
 def test_formats_name_algorithms_that_exist() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Folders, copy, edit_json, load, manifest
+from models import Folders, copy, edit_json, load, manifest, rewrite
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -46,15 +46,6 @@ def refuses(folder: Path, *names: str) -> CheckpointError:
     with pytest.raises(CheckpointError):
         inspect_checkpoint(folder)
     return error.value
-
-
-def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Changes the tensors of a shard and keeps its metadata."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata=metadata)
 
 
 def rebind(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:

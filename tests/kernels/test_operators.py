@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ every_case = pytest.mark.parametrize("case", ALL_CASES, ids=str)
 every_format = pytest.mark.parametrize("case", ONE_PER_FORMAT, ids=str)
 
 
+@cache
 def packed(case: Case, shape: tuple[int, int], seed: int = 0) -> tuple[Packed, Tensor]:
     """A packed weight, and what it means in float64."""
     weight = case.quantize(make_weight(shape, seed=seed) * 50)
@@ -66,14 +68,13 @@ def test_matmul(case: Case, dtype: torch.dtype) -> None:
 @every_case
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_embedding_is_exact(case: Case, dtype: torch.dtype) -> None:
-    for shape in SHAPES:
+    for shape in SHAPES[:4]:
         weight, exact = packed(case, shape)
-        for leading in LEADING:
-            for kind in (torch.int32, torch.int64):
-                indices = torch.randint(shape[0], leading, dtype=kind)
-                found = ops.embedding(indices, weight, dtype)
-                assert found.shape == (*leading, shape[1]) and found.dtype == dtype
-                assert torch.equal(found, exact.float().to(dtype)[indices.long()])
+        for i, leading in enumerate(LEADING):
+            indices = torch.randint(shape[0], leading, dtype=(torch.int32, torch.int64)[i % 2])
+            found = ops.embedding(indices, weight, dtype)
+            assert found.shape == (*leading, shape[1]) and found.dtype == dtype
+            assert torch.equal(found, exact.float().to(dtype)[indices.long()])
 
 
 @every_format
@@ -170,7 +171,10 @@ def test_gradients_are_those_of_dense_autograd(case: Case, dtype: torch.dtype, l
 def test_a_bias_keeps_its_own_dtype_in_its_gradient() -> None:
     weight, _ = packed(Case("int4-g32"), (7, 70))
     x, bias = torch.randn(3, 70).bfloat16(), torch.randn(7)
-    assert [g.dtype for g in gradients(lambda x, b: ops.linear(x, weight, b), x, bias)] == [torch.bfloat16, torch.float32]
+    assert [g.dtype for g in gradients(lambda x, b: ops.linear(x, weight, b), x, bias)] == [
+        torch.bfloat16,
+        torch.float32,
+    ]
 
 
 def test_only_what_is_asked_for_gets_a_gradient() -> None:

@@ -6,15 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import settings
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCAB, CONTEXT = 128, 24
-
-# The same examples every time, and no failure for a busy machine.
-settings.register_profile("measure", derandomize=True, deadline=None)
-settings.load_profile("measure")
 
 MakeModel = Callable[..., LlamaForCausalLM]
 

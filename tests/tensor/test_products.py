@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -63,6 +64,13 @@ OF_EXPERTS: dict[str, Product] = {
 }
 
 
+@cache
+def quantized(case: Case, shape: tuple[int, ...], dtype: torch.dtype, transposed: bool = False) -> QuantizedTensor:
+    """Logical weights of that shape, perhaps quantized lying the other way round; not to be written to."""
+    plain = make_weight(shape, dtype) * 10
+    return case.quantize(plain.mT if transposed else plain, transposed)
+
+
 def check(product: Product, x: Tensor, bias: Tensor, weight: QuantizedTensor) -> None:
     exact = product(x.double(), bias.double(), weight.dequantize(torch.float64))
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
@@ -79,19 +87,16 @@ def check(product: Product, x: Tensor, bias: Tensor, weight: QuantizedTensor) ->
 def test_matrix(name: str, case: Case) -> None:
     for dtype in DTYPES:
         x, bias = torch.randn(3, K).to(dtype), torch.randn(N).to(dtype)
-        weight = case.quantize(make_weight((N, K), dtype) * 10)
-        check(STRAIGHT[name], x, bias, weight)
-        # The same logical matrix that was quantized lying the other way round.
-        turned = case.quantize(make_weight((N, K), dtype).t() * 10, transposed=True)
-        check(lambda x, b, w: STRAIGHT[name](x, b, w.t()), x, bias, turned)
+        check(STRAIGHT[name], x, bias, quantized(case, (N, K), dtype))
+        check(lambda x, b, w: STRAIGHT[name](x, b, w.t()), x, bias, quantized(case, (N, K), dtype, transposed=True))
 
 
 @pytest.mark.parametrize("case", ONE_PER_FORMAT, ids=str)
 @pytest.mark.parametrize("name", OF_EXPERTS)
 def test_experts(name: str, case: Case) -> None:
     for dtype in DTYPES:
-        x, weight = torch.randn(3, 3, K).to(dtype), case.quantize(make_weight((3, N, K), dtype) * 10)
-        check(OF_EXPERTS[name], x, torch.zeros(N).to(dtype), weight)
+        x = torch.randn(3, 3, K).to(dtype)
+        check(OF_EXPERTS[name], x, torch.zeros(N).to(dtype), quantized(case, (3, N, K), dtype))
 
 
 @pytest.mark.parametrize("case", ONE_PER_FORMAT, ids=str)

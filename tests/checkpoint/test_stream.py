@@ -1,0 +1,323 @@
+"""Quantizing from disk to disk gives the checkpoint that loading, `quantize_` and saving give, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import (
+    CONFIGS,
+    FAMILIES,
+    Folders,
+    Shape,
+    assert_same,
+    build,
+    copy,
+    disk,
+    edit_json,
+    load,
+    logits,
+    manifest,
+    rewrite,
+    rtn,
+    save,
+    state,
+)
+
+from llmquant import quantize_
+from llmquant.checkpoint.inspect import inspect_checkpoint
+from llmquant.checkpoint.stream import quantize_checkpoint
+from llmquant.errors import (
+    BadWeightError,
+    CheckpointError,
+    ConfigError,
+    LlmQuantError,
+    NoSpaceError,
+    NothingToQuantizeError,
+    OutputExistsError,
+)
+
+BFLOAT16 = torch.bfloat16
+
+
+def both(source: Path, root: Path, config: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> tuple[Path, Path]:
+    """The checkpoint made from disk to disk, and the one made in memory; their reports must agree too."""
+    streamed, memory = root / "streamed", root / "memory"
+    report = quantize_checkpoint(source, streamed, config, dtype=dtype, **kwargs)
+    model = load(source, **({} if dtype is None else {"dtype": dtype}))
+    wanted = quantize_(model, config)
+    model.save_pretrained(memory)
+    assert report.quantized == wanted.quantized
+    assert report.skipped == wanted.skipped and report.warnings == wanted.warnings
+    assert report.bytes_before == wanted.bytes_before
+    return streamed, memory
+
+
+def assert_equal(streamed: Path, memory: Path) -> None:
+    """Tensors, manifest but for the save id, dtype, and what the loaded models say."""
+    assert_same(disk(streamed), disk(memory))
+    assert {**manifest(streamed), "save_id": ""} == {**manifest(memory), "save_id": ""}
+    assert list(manifest(streamed)["weights"]) == list(manifest(memory)["weights"])
+    one, two = load(streamed), load(memory)
+    assert one.dtype == two.dtype and type(one) is type(two)
+    assert_same(state(one), state(two))
+    assert torch.equal(logits(one), logits(two))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_quantizing_in_memory(family: str, dtype: torch.dtype, folders: Folders, tmp_path: Path) -> None:
+    assert_equal(*both(folders(family, dtype), tmp_path, CONFIGS[family]))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "mixtral"])
+@pytest.mark.parametrize("shape", [Shape.sharded, Shape.bin, Shape.sharded_bin])
+def test_equals_it_however_the_source_lies(family: str, shape: Shape, folders: Folders, tmp_path: Path) -> None:
+    source = shape.make(folders(family), tmp_path / "source")
+    assert_equal(*both(source, tmp_path, CONFIGS[family]))
+
+
+def test_equals_it_with_the_default_algorithm(tmp_path: Path) -> None:
+    source = save("llama", tmp_path / "source", num_hidden_layers=1)
+    assert_equal(*both(source, tmp_path, {"_default": "int4-g32", "_embedding": "int2-row-asym"}))
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt-oss"])
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_equals_it_where_the_config_names_another_dtype_than_the_file_has(
+    family: str, name: str, folders: Folders, tmp_path: Path
+) -> None:
+    source = copy(folders(family), tmp_path / "source")
+    edit_json(source / "config.json", lambda c: c.update(dtype=name))
+    streamed, memory = both(source, tmp_path, CONFIGS[family])
+    assert_equal(streamed, memory)
+    assert load(streamed).dtype == getattr(torch, name)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "mixtral", "gpt-oss"])
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16, torch.float16], ids=str)
+def test_equals_it_with_a_dtype_asked_for(family: str, dtype: torch.dtype, folders: Folders, tmp_path: Path) -> None:
+    streamed, memory = both(folders(family, BFLOAT16), tmp_path, CONFIGS[family], dtype)
+    assert_equal(streamed, memory)
+    assert load(streamed).dtype == dtype
+    assert json.loads((streamed / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_the_old_name_of_the_dtype_does_not_survive(folders: Folders, tmp_path: Path) -> None:
+    source = copy(folders("llama", BFLOAT16), tmp_path / "source")
+    edit_json(source / "config.json", lambda c: c.update(torch_dtype=c.pop("dtype")))
+    streamed, memory = both(source, tmp_path, CONFIGS["llama"], torch.float16)
+    assert_equal(streamed, memory)
+    assert "torch_dtype" not in json.loads((streamed / "config.json").read_text())
+
+
+# ---------------------------------------------------------------------------------- ties
+
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
+COPIES: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    "under the head's name alone": lambda t: t.update({HEAD: t.pop(TABLE)}),
+    "under both names": lambda t: t.update({HEAD: t[TABLE].clone()}),
+}
+
+
+@pytest.mark.parametrize("copies", COPIES)
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_tied_weight_may_lie(copies: str, quantized: bool, folders: Folders, tmp_path: Path) -> None:
+    source = copy(folders("llama-tied"), tmp_path / "source")
+    rewrite(source / "model.safetensors", COPIES[copies])
+    config = CONFIGS["llama-tied"] if quantized else rtn("int4-g32")
+    streamed, memory = both(source, tmp_path, config)
+    assert_equal(streamed, memory)
+    assert TABLE in disk(streamed) and HEAD not in disk(streamed)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_two_different_copies_of_a_tied_weight_are_refused(quantized: bool, folders: Folders, tmp_path: Path) -> None:
+    source = copy(folders("llama-tied"), tmp_path / "source")
+    rewrite(source / "model.safetensors", lambda t: t.update({HEAD: t[TABLE] + 1}))
+    with pytest.raises(CheckpointError, match="ties") as error:
+        quantize_checkpoint(source, tmp_path / "out", CONFIGS["llama-tied"] if quantized else rtn("int4-g32"))
+    assert TABLE in str(error.value) and HEAD in str(error.value) and "tie_word_embeddings" in str(error.value)
+    assert os.listdir(tmp_path) == ["source"]
+
+
+# ---------------------------------------------------------------------------------- what may go wrong
+
+
+def poison(key: str, value: float) -> Callable[[dict[str, torch.Tensor]], object]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        found = next(k for k in tensors if key in k)
+        tensors[found].flatten()[3] = value
+
+    return change
+
+
+BAD = {
+    "llama": ("layers.1.mlp.up_proj", "model.layers.1.mlp.up_proj.weight"),
+    "gpt2": ("h.0.mlp.c_fc.weight", "transformer.h.0.mlp.c_fc.weight"),
+    "mixtral": ("layers.1.block_sparse_moe.experts.2.w3", "model.layers.1.mlp.experts.gate_up_proj"),
+    "gpt-oss": ("layers.0.mlp.experts.down_proj", "model.layers.0.mlp.experts.down_proj"),
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("family", BAD)
+def test_a_bad_weight_is_named_and_leaves_no_folder(
+    family: str, value: float, folders: Folders, tmp_path: Path
+) -> None:
+    source = copy(folders(family), tmp_path / "source")
+    key, fqn = BAD[family]
+    rewrite(source / "model.safetensors", poison(key, value))
+    with pytest.raises(BadWeightError, match="NaN or infinite") as error:
+        quantize_checkpoint(source, tmp_path / "out", rtn("int4-g32"))
+    assert error.value.where == fqn and error.value.hint
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_a_bad_weight_that_stays_in_float_is_nobodys_business(folders: Folders, tmp_path: Path) -> None:
+    source = copy(folders("llama"), tmp_path / "source")
+    rewrite(source / "model.safetensors", poison("layers.1.mlp.up_proj", float("nan")))
+    config = rtn({"re:.*1.mlp.up_proj": "none", "_default": "int4-g32"})
+    streamed, memory = tmp_path / "streamed", tmp_path / "memory"
+    quantize_checkpoint(source, streamed, config)
+    model = load(source)
+    quantize_(model, config)
+    model.save_pretrained(memory)
+    assert_same(disk(streamed), disk(memory))
+
+
+REFUSED: dict[str, tuple[Any, type[LlmQuantError]]] = {
+    "nothing to quantize": ({"_experts": "int4"}, NothingToQuantizeError),
+    "a key that hits nothing": ({"model.layer.0": "int4"}, ConfigError),
+    "a scheme that does not exist": ("int9", ConfigError),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_done_is_refused_before_anything_is_written(kind: str, folders: Folders, tmp_path: Path) -> None:
+    config, error = REFUSED[kind]
+    with pytest.raises(error):
+        quantize_checkpoint(folders("llama"), tmp_path / "out", config)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = sum(len(data) for _, _, data in disk(folders.quantized("llama-tied")).values())
+    usage = shutil.disk_usage(tmp_path)
+    config = CONFIGS["llama-tied"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(NoSpaceError, match="free") as error:
+        quantize_checkpoint(folders("llama-tied"), tmp_path / "out", config)
+    assert error.value.hint and os.listdir(tmp_path) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    quantize_checkpoint(folders("llama-tied"), tmp_path / "out", config)  # exactly the bytes that it takes
+
+
+class Boom(BaseException):
+    """Raised from the progress callback, in the middle of the work."""
+
+
+@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt, OSError, SystemExit])
+@pytest.mark.parametrize("old", [False, True])
+def test_an_interruption_leaves_what_was_there(
+    old: bool, error: type[BaseException], folders: Folders, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    if old:
+        quantize_checkpoint(folders("llama"), out, rtn("int8"))
+    before = disk(out) if old else {}
+
+    def interrupt(done: int, total: int, name: str) -> None:
+        if done > total / 2:
+            raise error("stop")
+
+    with pytest.raises(error):
+        quantize_checkpoint(
+            folders("llama"), out, rtn("int4-g32"), overwrite=True, max_shard_bytes=20_000, progress=interrupt
+        )
+    assert os.listdir(tmp_path) == (["out"] if old else [])
+    if old:
+        assert_same(disk(out), before)
+        assert inspect_checkpoint(out).rows
+
+
+def test_an_output_is_replaced_only_when_asked(folders: Folders, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize_checkpoint(folders("llama"), out, rtn("int8"))
+    before = disk(out)
+    with pytest.raises(OutputExistsError):
+        quantize_checkpoint(folders("llama"), out, rtn("int4-g32"))
+    assert_same(disk(out), before)
+    quantize_checkpoint(folders("llama"), out, rtn("int4-g32"), overwrite=True, max_shard_bytes=20_000)
+    assert {entry["format"] for entry in manifest(out)["weights"].values()} == {"int4"}
+    assert not (out / "model.safetensors").exists() and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_source_is_never_its_own_output(folders: Folders, tmp_path: Path) -> None:
+    """With overwrite it is replaced, but only by a complete result."""
+    source = copy(folders("llama"), tmp_path / "source")
+    with pytest.raises(OutputExistsError):
+        quantize_checkpoint(source, source, rtn("int4-g32"))
+    quantize_checkpoint(source, source, rtn("int4-g32"), overwrite=True)
+    quantize_checkpoint(folders("llama"), tmp_path / "wanted", rtn("int4-g32"))
+    assert_same(disk(source), disk(tmp_path / "wanted"))
+
+
+# ---------------------------------------------------------------------------------- the folder
+
+
+def test_shards_hold_what_one_file_would(folders: Folders, tmp_path: Path) -> None:
+    quantize_checkpoint(folders("mixtral"), tmp_path / "one", CONFIGS["mixtral"])
+    quantize_checkpoint(folders("mixtral"), tmp_path / "many", CONFIGS["mixtral"], max_shard_bytes=10_000)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 4
+    assert_same(disk(tmp_path / "one"), disk(tmp_path / "many"))
+    assert_same(state(load(tmp_path / "one")), state(load(tmp_path / "many")))
+
+
+def test_what_lies_beside_the_weights_comes_along(folders: Folders, tmp_path: Path) -> None:
+    source = copy(folders("llama"), tmp_path / "source")
+    for name in ("tokenizer.json", "LICENSE", "old.gguf", "pytorch_model.bin.index.json"):
+        (source / name).write_text(name)
+    quantize_checkpoint(source, tmp_path / "out", rtn("int8"))
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "LICENSE",
+    }
+    assert (tmp_path / "out" / "LICENSE").read_text() == "LICENSE"
+
+
+def test_the_config_is_the_sources_with_a_manifest(folders: Folders, tmp_path: Path) -> None:
+    quantize_checkpoint(folders("llama"), tmp_path / "out", rtn("int8"))
+    before, after = (json.loads((f / "config.json").read_text()) for f in (folders("llama"), tmp_path / "out"))
+    assert after.pop("quantization_config")["quant_method"] == "llmquant"
+    assert after == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_progress_grows_to_the_end(family: str, folders: Folders, tmp_path: Path) -> None:
+    calls: list[tuple[int, int, str]] = []
+    report = quantize_checkpoint(
+        folders(family), tmp_path / "out", CONFIGS[family], progress=lambda *call: calls.append(call)
+    )
+    done, totals, names = zip(*calls, strict=True)
+    assert list(done) == sorted(done) and done[0] == 0
+    assert set(totals) == {done[-1]} == {sum(p.numel() for p in load(folders(family)).parameters())}
+    assert set(names) >= set(report.quantized)
+
+
+def test_the_report_counts_the_bytes_that_are_written(folders: Folders, tmp_path: Path) -> None:
+    report = quantize_checkpoint(folders("llama-tied"), tmp_path / "out", CONFIGS["llama-tied"])
+    assert report.bytes_after == sum(len(data) for _, _, data in disk(tmp_path / "out").values())
+    assert report.bytes_before == sum(p.nbytes for p in build("llama-tied").parameters())
+    assert report.seconds > 0
