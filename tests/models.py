@@ -12,6 +12,7 @@ from enum import StrEnum, auto
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -223,3 +224,21 @@ def to_bin(folder: Path, target: Path, count: int = 1) -> Path:
         torch.save({key: t for key, t in tensors.items() if names[key] == name}, target / name)
     (target / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     return target
+
+
+# ---------------------------------------------------------------------------------- fixtures, for conftests
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Saved tiny models."""
+    return Folders(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """One thread is enough for tiny models, and threads in each other's way are slow."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -105,7 +105,7 @@ class ShardWriter:
         with no_space_errors(self.folder):
             path = self.folder / f"shard-{len(self._shards)}.tmp"
             save_file(self._held, path, metadata=self.metadata)
-            path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+            make_readable(path)
         self._held = {}
 
 
@@ -172,11 +172,11 @@ def no_space_errors(folder: Path) -> Iterator[None]:
         raise
 
 
-def _umask() -> int:
-    """The process's mask of permissions, which can only be read by setting it."""
-    mask = os.umask(0o022)
+def make_readable(path: Path) -> None:
+    """Gives a file the permissions of any new file: safetensors makes ones that only their owner can read."""
+    mask = os.umask(0o022)  # it can only be read by setting it
     os.umask(mask)
-    return mask
+    path.chmod(0o666 & ~mask)
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:

@@ -86,7 +86,7 @@ def _verify_save(manifest: Mapping[str, Any], path: Path, header: Header) -> Non
         f"this shard belongs to {f'another save ({other})' if other else 'a model that llmquant did not write'}, "
         f"config.json to save {manifest.get('save_id')}",
         where=str(path),
-        hint="a save was interrupted, files of two saves were mixed, or config.json was edited: save the model again",
+        hint="a save was interrupted, files of two saves lie here, or config.json was edited: save to a new folder",
     )
 
 

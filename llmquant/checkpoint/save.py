@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmquant.checkpoint.files import check_space, new_folder
+from llmquant.checkpoint.files import check_space, make_readable, new_folder
 
 
 def save(model: Any, path: str | Path, *, overwrite: bool = False, **kwargs: Any) -> Path:
@@ -24,4 +24,6 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False, **kwargs: Any
     check_space(target, sum(p.nbytes for p in model.parameters()))
     with new_folder(target, overwrite) as draft:
         model.save_pretrained(draft, **kwargs)
+        for shard in draft.glob("*.safetensors"):
+            make_readable(shard)
     return target

@@ -106,7 +106,13 @@ def to_config(source: Any) -> FqnToConfig:
         return FqnToConfig({key: _parse_weight(key, value, "config") for key, value in source.items()})
     if isinstance(source, list):
         return to_config(dict(source))
-    if isinstance(source, Path) or _looks_like_recipe(str(source)):
+    if not isinstance(source, str | Path):
+        raise ConfigError(
+            f"a {type(source).__name__} is no config",
+            where=repr(source),
+            hint='for instance "int4-g64", Int4WeightOnlyConfig(group_size=64) or FqnToConfig({...})',
+        )
+    if isinstance(source, Path) or _looks_like_recipe(source):
         return load_recipe(source).config
     return FqnToConfig.of(parse_config(source))
 

@@ -83,6 +83,28 @@ def test_equals_it_however_the_source_lies(family: str, shape: Shape, folders: F
     assert_equal(*both(source, tmp_path, CONFIGS[family]))
 
 
+def test_equals_it_where_the_file_lacks_the_models_prefix(folders: Folders, tmp_path: Path) -> None:
+    """As the hub's gpt2, which was saved from the model without its head."""
+    source = copy(folders("gpt2"), tmp_path / "source")
+    rewrite(
+        source / "model.safetensors",
+        lambda t: [t.update({key.removeprefix("transformer."): t.pop(key)}) for key in list(t)],
+    )
+    assert "wte.weight" in disk(source)
+    streamed, memory = both(source, tmp_path, CONFIGS["gpt2"])
+    assert_equal(streamed, memory)
+    assert_same(disk(streamed), disk(folders.quantized("gpt2")))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_equals_it_where_the_file_has_the_models_own_names(family: str, folders: Folders, tmp_path: Path) -> None:
+    load(folders(family)).save_pretrained(tmp_path / "source", save_original_format=False)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in disk(tmp_path / "source")
+    streamed, memory = both(tmp_path / "source", tmp_path, CONFIGS[family])
+    assert_equal(streamed, memory)
+    assert_same(disk(streamed), disk(folders.quantized(family)))
+
+
 def test_equals_it_with_the_default_algorithm(tmp_path: Path) -> None:
     source = save("llama", tmp_path / "source", num_hidden_layers=1)
     assert_equal(*both(source, tmp_path, {"_default": "int4-g32", "_embedding": "int2-row-asym"}))

@@ -113,6 +113,17 @@ def test_an_older_save_of_more_shards_leaves_nothing(folders: Folders, tmp_path:
     assert_same(state(load(tmp_path)), state(model))
 
 
+def test_an_older_save_in_one_file_is_refused_and_not_loaded(folders: Folders, tmp_path: Path) -> None:
+    """transformers leaves model.safetensors beside the new shards, and prefers it: a plain model is the old one."""
+    model = load(folders.quantized("llama"))
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\n.*new folder"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert_same(state(load(tmp_path)), state(model))
+
+
 # ---------------------------------------------------------------------------------- quantize while loading
 
 
@@ -141,8 +152,9 @@ def test_and_so_it_does_however_the_source_lies(family: str, shape: Shape, folde
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ["llama-tied", "gpt-oss"])
-def test_and_so_it_does_with_a_dtype(family: str, dtype: torch.dtype, folders: Folders) -> None:
-    source = folders(family, torch.bfloat16)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_and_so_it_does_with_a_dtype(stored: torch.dtype, family: str, dtype: torch.dtype, folders: Folders) -> None:
+    source = folders(family, stored)
     model = load(source, dtype=dtype, quantization_config=LlmQuantConfig(CONFIGS[family]))
     assert_same(state(model), state(quantized_in_memory(source, CONFIGS[family], dtype=dtype)))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -48,7 +50,7 @@ def test_every_finite_code_round_trips(fmt: Format) -> None:
 def test_rounding_is_to_the_nearest_and_to_even(fmt: Format) -> None:
     """At each midpoint of two neighbours, and one float32 step to either side of it."""
     positive = sorted(v for v in table(fmt)[:128] if np.isfinite(v))
-    for low, high in zip(positive, positive[1:], strict=False):
+    for low, high in pairwise(positive):
         middle = np.float32((low + high) / 2)
         below, at, above = encode([float(np.nextafter(middle, m)) for m in (0, middle, 1e9)], fmt).tolist()
         codes = table(fmt).index(low), table(fmt).index(high)

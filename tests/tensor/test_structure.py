@@ -144,15 +144,14 @@ def test_structure_in_every_other_granularity_and_mapping(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
-@pytest.mark.parametrize("at", LAYOUTS, ids=str)
+@pytest.mark.parametrize("at", LAYOUTS[1:], ids=str)  # one straight matrix is read in tests/kernels
 def test_dequantize_is_what_an_independent_reader_reads(case: Case, at: Layout) -> None:
-    for dtype in DTYPES[:2]:
-        weight = at.quantize(case, dtype)
-        exact = torch.from_numpy(read(weight)).float()
-        assert weight.shape == at.shape and weight.dtype == dtype
-        assert torch.equal(weight.dequantize(), exact.to(dtype))
-        for other in (*DTYPES, torch.float64):
-            assert torch.equal(weight.dequantize(other), exact.to(other))
+    weight = at.quantize(case, torch.bfloat16)
+    exact = torch.from_numpy(read(weight)).float()
+    assert weight.shape == at.shape and weight.dtype == torch.bfloat16
+    assert torch.equal(weight.dequantize(), exact.bfloat16())
+    for dtype in (*DTYPES, torch.float64):
+        assert torch.equal(weight.dequantize(dtype), exact.to(dtype))
 
 
 # --- laws -------------------------------------------------------------------------------------------------
@@ -193,6 +192,7 @@ def test_row_slices_and_experts_are_views_and_copies_are_not(case: Case) -> None
     flat = LAYOUTS[0].quantize(case)
     assert flat[2:4].qdata.data_ptr() == flat.qdata[2:].data_ptr()
     assert flat.t().qdata.data_ptr() == flat.qdata.data_ptr() == flat.detach().data_ptr() == flat.data_ptr()
+    assert flat.expand(2, 6, 70).qdata.untyped_storage().data_ptr() == flat.qdata.untyped_storage().data_ptr()
     for copy in (flat.clone(), flat[[0, 1]], torch.cat([flat[:1], flat[1:]]), torch.empty_like(flat)):
         assert copy.qdata.data_ptr() != flat.qdata.data_ptr()
 
