@@ -31,7 +31,7 @@ from llmquant.measure.text import load_text
 from llmquant.measure.windows import make_windows, tokenize
 
 RECIPES = ("int8", "float8", "mixed-4-6-8", "int4-g32", "int4-g64", "int3-g32")
-COLUMNS = ("recipe", "perplexity", "change", "KL", "top-1", "disk", "memory", "bits", "bits (q)", "seconds")
+COLUMNS = ("recipe", "perplexity", "change", "KL", "top-1", "disk", "memory", "bits", "bits (q)", "s")
 NOTE = (
     "The 16-bit model comes from a file of four-bit codes (Q4_1, groups of 32), so its weights lie on such a grid: "
     "rows with asymmetric four-bit groups of 32 look better than they would on another model."
@@ -44,7 +44,7 @@ def main() -> None:
     started = time.perf_counter()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    console = Console(width=max(Console().width, 100))
+    console = Console(width=max(Console().width, 120))  # the table is not cut when the output is no terminal
     original = write_checkpoint(options.folder / "SmolLM2-135M")
     text = load_text(options.text)
     ids, bos = tokenize(AutoTokenizer.from_pretrained(original), text.content)
@@ -148,7 +148,7 @@ def describe(protocol: Protocol) -> str:
     return (
         f"text {protocol.text} ({protocol.text_sha256[:12]}), {protocol.windows} windows of {protocol.context} tokens, "
         f"{protocol.tokens_scored} scored, no BOS, {protocol.dtype} logits; KL in nats to the 16-bit logits; "
-        "bits (q): per quantized weight, scales and zero points counted"
+        "bits (q): per quantized weight, scales and zero points counted; s: seconds to quantize"
     )
 
 

@@ -47,6 +47,8 @@ def quantize_weight(
     check_weight(weight, config)
     logical = weight.detach().mT if transposed else weight.detach()
     rows, columns = logical.shape[-2:]
+    if stats is not None and stats.shape != (columns,):
+        raise BadWeightError(f"stats of shape {tuple(stats.shape)} do not fit {columns} input columns")
     spec = config.spec(rows, columns)
     tensors = _allocate(logical, spec)
     algorithm = ALGORITHMS[config.algorithm or "rtn"]
@@ -289,7 +291,7 @@ def _quantize_matrix(
     allowed = matrix.numel() * matrix.element_size() // (2 * _BYTES_AN_ELEMENT)  # half of the weight
     step = max(min(_CHUNK_ELEMENTS, max(allowed, _SMALLEST_CHUNK)) // columns, 1)
     for start in range(0, rows, step):
-        part = matrix[start : start + step].float()
+        part = matrix[start : start + step].float().contiguous()  # sums then run in one order, however it lay
         if shared is None:
             codes, qparams = algorithm(part, _importance(part, stats), spec)
             _store(qparams, spec, into, slice(start, start + step))
@@ -320,7 +322,7 @@ def _shared_qparams(matrix: Tensor, algorithm: Any, spec: QuantSpec) -> QParams:
     present = counts.nonzero().squeeze(-1)
     values = (present - 2**15).to(torch.int16).view(torch.bfloat16).float()
     ends = torch.stack(torch.aminmax(matrix)).float()  # the exact extremes, which rounding may have moved
-    x = torch.cat([values, ends]).unsqueeze(0)
+    x = torch.cat([values.clamp_(ends[0], ends[1]), ends]).unsqueeze(0)
     importance = torch.cat([counts[present], torch.ones_like(ends)]).unsqueeze(0)
     return algorithm(x, importance, replace(spec, block=(1, x.shape[1]))).qparams
 

@@ -161,7 +161,7 @@ def state(model: nn.Module) -> dict[str, Bytes]:
     for fqn, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, QuantizedTensor):
             found[f"{fqn} {tensor.meta}"] = (tensor.dtype, tuple(tensor.shape), b"")
-            found |= {f"{fqn}.{field.name}": raw(inner) for field, inner in tensor.inner()}
+            found |= {f"{fqn}.{field.name}": raw(inner) for field, inner in tensor.parts()}
         else:
             found[fqn] = raw(tensor)
     return found

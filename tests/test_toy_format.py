@@ -9,6 +9,8 @@ import pytest
 import torch
 from cases import make_weight
 
+from llmquant.checkpoint.inspect import inspect_checkpoint
+from llmquant.checkpoint.stream import quantize_checkpoint
 from llmquant.config.schemes import WeightOnlyConfig, parse_scheme
 from llmquant.formats import FORMATS, Format, register_format
 from llmquant.primitives.granularity import PerGroup, PerRow
@@ -64,6 +66,15 @@ def test_quantize_save_and_load(toy: Format, llama_folder: Path, tmp_path: Path)
     assert {w.meta.format for w in weights.values()} == {"toy4"}
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, expected)
+
+
+def test_inspect(toy: Format, llama_folder: Path, tmp_path: Path) -> None:
+    report = quantize_checkpoint(llama_folder, tmp_path / "out", "toy4")
+    rows = {row.fqn: row for row in inspect_checkpoint(tmp_path / "out").rows if row.quantized}
+    assert set(rows) == set(report.quantized)
+    for name, weight in report.quantized.items():
+        assert (rows[name].format, rows[name].block, rows[name].bytes) == ("toy4", (1, 16), weight.bytes_after)
+        assert rows[name].kernel and rows[name].reason
 
 
 def test_it_is_gone_afterwards() -> None:

@@ -36,4 +36,4 @@ def blocks_and_weights(rows: Tensor, importance: Tensor | None, spec: QuantSpec)
 def encode_rows(rows: Tensor, qparams: QParams, spec: QuantSpec) -> Codes:
     """The nearest codes of rows [R, K] under given parameters."""
     codes = spec.format.numerics.encode(to_blocks(rows, spec.block), qparams, spec.format)
-    return Codes(from_blocks(codes, *rows.shape, spec.block), qparams)
+    return Codes(from_blocks(codes, rows.shape[0], rows.shape[1], spec.block), qparams)

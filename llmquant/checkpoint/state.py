@@ -28,7 +28,7 @@ def components(fqn: str, weight: QuantizedTensor) -> dict[str, Tensor]:
     """
     return {
         component_key(fqn, field.name): tensor.unsqueeze(-1) if field.name == "qdata" else tensor
-        for field, tensor in weight.inner()
+        for field, tensor in weight.parts()
     }
 
 

@@ -104,7 +104,7 @@ def to_config(source: Any) -> FqnToConfig:
         return FqnToConfig.of(source)
     if isinstance(source, Mapping):
         return FqnToConfig({key: _parse_weight(key, value, "config") for key, value in source.items()})
-    if isinstance(source, list):
+    if isinstance(source, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in source):
         return to_config(dict(source))
     if not isinstance(source, str | Path):
         raise ConfigError(

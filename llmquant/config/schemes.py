@@ -175,7 +175,7 @@ def parse_scheme(scheme: str) -> WeightOnlyConfig | None:
     if scheme == "none":
         return None
     row, rest = _split_stem(scheme)
-    found = re.fullmatch(r"(?:-(g\d+|row|tensor))?(?:-(sym|asym))?", rest)
+    found = re.fullmatch(r"(?:-(g[0-9]+|row|tensor))?(?:-(sym|asym))?", rest)
     if not found:
         raise ConfigError(
             f"cannot read {rest!r} in scheme {scheme!r}",
@@ -198,8 +198,11 @@ def from_dict(values: Mapping[str, Any]) -> WeightOnlyConfig:
     known = [f.name for f in fields(WeightOnlyConfig)]
     if "format" not in values:
         raise ConfigError("a config needs a 'format'", where=str(values), hint=f"one of {', '.join(FORMATS)}")
-    if "group_size" in values:
-        values.setdefault("granularity", f"group-{values.pop('group_size')}")
+    group_size = values.pop("group_size", None)
+    if group_size is not None and values.get("granularity"):
+        raise ConfigError("group_size and granularity say the same thing twice", where=str(values), hint="keep one")
+    if group_size is not None:
+        values["granularity"] = f"group-{group_size}"
     for key in values:
         if key not in known:
             raise unknown_key(key, [*known, "group_size"], f"config {values}")
@@ -257,7 +260,7 @@ def _split_stem(scheme: str) -> tuple[Format, str]:
 
 
 def _parse_granularity(text: str) -> Granularity:
-    if found := re.fullmatch(r"(?:g|group-)(\d+)", text):
+    if found := re.fullmatch(r"(?:g|group-)([0-9]+)", text):
         return PerGroup(int(found[1]))
     if text not in ("row", "tensor"):
         raise ConfigError(f"unknown granularity {text!r}", hint="row, tensor or group-<size>")

@@ -67,10 +67,11 @@ def _linear(x: Tensor, *args: Any) -> Tensor:
     weight, bias = Packed(*args[:6]), args[6] if len(args) > 6 else None
     check_packed(weight)
     _check_float_input("linear", x, weight.columns)
-    torch._check(
-        bias is None or tuple(bias.shape) == (weight.rows,),
-        lambda: f"llmquant::linear: bias {tuple(bias.shape)} does not fit {weight.rows} rows",
-    )
+    if bias is not None:
+        torch._check(
+            tuple(bias.shape) == (weight.rows,),
+            lambda: f"llmquant::linear: bias {tuple(bias.shape)} does not fit {weight.rows} rows",
+        )
     return reference.linear(x, weight, bias)
 
 

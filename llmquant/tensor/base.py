@@ -94,7 +94,7 @@ class QuantizedTensor(torch.Tensor):
 
     # --- the fields -----------------------------------------------------------------------------------
 
-    def inner(self) -> Iterator[tuple[Field, Tensor]]:
+    def parts(self) -> Iterator[tuple[Field, Tensor]]:
         """The fields that are present, with their tensors."""
         for field in self.fields:
             tensor = getattr(self, field.name)
@@ -105,11 +105,11 @@ class QuantizedTensor(torch.Tensor):
         self, change: Callable[[Field, Tensor], Tensor], dtype: torch.dtype | None = None, **meta: Any
     ) -> QuantizedTensor:
         """A tensor like this one with every inner tensor changed, and perhaps some of its `Meta`."""
-        tensors = {field.name: change(field, tensor) for field, tensor in self.inner()}
+        tensors = {field.name: change(field, tensor) for field, tensor in self.parts()}
         return type(self)(tensors, replace(self.meta, **meta), dtype or self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Meta, torch.dtype]]:
-        return [field.name for field, _ in self.inner()], (self.meta, self.dtype)
+        return [field.name for field, _ in self.parts()], (self.meta, self.dtype)
 
     @classmethod
     def __tensor_unflatten__(
@@ -126,10 +126,10 @@ class QuantizedTensor(torch.Tensor):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        tensors = {field.name: tensor for field, tensor in self.inner()}
+        tensors = {field.name: tensor for field, tensor in self.parts()}
         return _rebuild, (type(self), tensors, self.meta, self.dtype, getattr(self, "_is_param", False))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         m = self.meta
         group = "x".join(map(str, m.block))
         extra = ", transposed" if m.transposed else ""
@@ -143,9 +143,9 @@ class QuantizedTensor(torch.Tensor):
     # --- size and storage -----------------------------------------------------------------------------
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]
         """True bytes of all inner tensors."""
-        return sum(tensor.nbytes for _, tensor in self.inner())
+        return sum(tensor.nbytes for _, tensor in self.parts())
 
     def element_size(self) -> float:  # type: ignore[override]
         """Bytes an element, usually no integer: `numel() * element_size()` is `nbytes`."""
@@ -157,13 +157,13 @@ class QuantizedTensor(torch.Tensor):
 
     def share_memory_(self) -> QuantizedTensor:
         """Moves the inner tensors to shared memory."""
-        for _, tensor in self.inner():
+        for _, tensor in self.parts():
             tensor.share_memory_()
         return self
 
     def is_shared(self) -> bool:
         """Whether all inner tensors lie in shared memory."""
-        return all(tensor.is_shared() for _, tensor in self.inner())
+        return all(tensor.is_shared() for _, tensor in self.parts())
 
     # --- meaning --------------------------------------------------------------------------------------
 
@@ -186,7 +186,7 @@ class QuantizedTensor(torch.Tensor):
         """A plain tensor of the same shape: decoded in float32, then rounded to `dtype` (default: own dtype)."""
         dtype = dtype or self.dtype
         if self.dim() > 2:
-            return torch.stack([self[i].dequantize(dtype) for i in range(self.shape[0])])
+            return torch.stack([self[i].dequantize(dtype) for i in range(self.shape[0])])  # type: ignore[call-arg]
         matrix = self.packed()
         out = torch.empty(matrix.rows, matrix.columns, dtype=dtype, device=self.device)
         for start, stop in matrix.panels():
@@ -204,7 +204,9 @@ class QuantizedTensor(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         handler = DISPATCH.get(func.overloadpacket)
         if handler is not None:
             return handler(func, *args, **(kwargs or {}))

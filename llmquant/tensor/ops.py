@@ -248,7 +248,7 @@ def _pin_memory(func: Any, w: QuantizedTensor, *args: Any) -> QuantizedTensor:
 
 @dispatch(aten.is_pinned)
 def _is_pinned(func: Any, w: QuantizedTensor, *args: Any) -> bool:
-    return all(t.is_pinned(*args) for _, t in w.inner())
+    return all(t.is_pinned(*args) for _, t in w.parts())
 
 
 @dispatch(aten.copy_)
@@ -256,17 +256,17 @@ def _copy(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False)
     if not _same_kind(target, source):
         return unsupported(func, target, source)
     assert isinstance(target, QuantizedTensor)
-    for field, tensor in target.inner():
+    for field, tensor in target.parts():
         tensor.copy_(getattr(source, field.name), non_blocking)
     return target
 
 
 @dispatch(aten.equal)
 def _equal(func: Any, a: Tensor, b: Tensor) -> bool:
-    if not _same_kind(a, b):
+    if not _same_kind(a, b) or a.dtype != b.dtype:
         return False
     assert isinstance(a, QuantizedTensor)
-    return all(torch.equal(tensor, getattr(b, field.name)) for field, tensor in a.inner())
+    return all(torch.equal(tensor, getattr(b, field.name)) for field, tensor in a.parts())
 
 
 def _same_kind(a: Tensor, b: Tensor) -> bool:
@@ -275,7 +275,7 @@ def _same_kind(a: Tensor, b: Tensor) -> bool:
         isinstance(a, QuantizedTensor)
         and isinstance(b, QuantizedTensor)
         and (a.meta, a.shape) == (b.meta, b.shape)
-        and [f.name for f, _ in a.inner()] == [f.name for f, _ in b.inner()]
+        and [f.name for f, _ in a.parts()] == [f.name for f, _ in b.parts()]
     )
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +39,9 @@ def take_slice(w: QuantizedTensor, axis: int, start: int, stop: int) -> Quantize
     blocks = _block_range(w, axis, start, stop, size, step)
     shared = step >= size  # one block spans the axis: its parts keep the scale
     block = (stop - start if side == 0 else w.meta.block[0], stop - start if side == 1 else w.meta.block[1])
-    meta = {"block": block} if shared else {}
+    meta: dict[str, Any] = {"block": block} if shared else {}
     if axis == -1:
-        meta["columns"] = stop - start  # type: ignore[assignment]
+        meta["columns"] = stop - start
 
     def cut(field: Field, tensor: Tensor) -> Tensor:
         first, last = (start, stop) if field.per == "element" else blocks
@@ -78,9 +79,9 @@ def join(parts: list[QuantizedTensor], axis: int) -> QuantizedTensor:
     first = parts[0]
     _check_joinable(parts, axis)
     if axis != -1:
-        tensors = {f.name: torch.cat([getattr(p, f.name) for p in parts], axis) for f, _ in first.inner()}
+        tensors = {f.name: torch.cat([getattr(p, f.name) for p in parts], axis) for f, _ in first.parts()}
         return type(first)(tensors, first.meta, first.dtype)
-    joined = {field.name: _join_columns(parts, field) for field, _ in first.inner()}
+    joined = {field.name: _join_columns(parts, field) for field, _ in first.parts()}
     return type(first)(joined, replace(first.meta, columns=sum(p.meta.columns for p in parts)), first.dtype)
 
 

@@ -37,7 +37,7 @@ def test_components_and_entry_give_the_weight_back(case: Case, shape: tuple[int,
     back = assemble("a.weight", entry, tensors, torch.bfloat16)
     assert type(back) is type(weight) is tensor_class(case.format)
     assert back.dtype == torch.bfloat16 and back.meta == weight.meta and back.shape == weight.shape
-    assert_same({f.name: raw(t) for f, t in back.inner()}, {f.name: raw(t) for f, t in weight.inner()})
+    assert_same({f.name: raw(t) for f, t in back.parts()}, {f.name: raw(t) for f, t in weight.parts()})
     assert describe(back) == entry
 
 

@@ -51,7 +51,7 @@ def quantized_in_memory(folder: Path, config: Any, **kwargs: Any) -> Any:
 
 def codes(model: nn.Module) -> dict[str, Any]:
     """The components of all quantized weights, whatever dtype they stand for."""
-    return {f"{fqn}.{field.name}": raw(inner) for fqn, w in weights(model) for field, inner in w.inner()}
+    return {f"{fqn}.{field.name}": raw(inner) for fqn, w in weights(model) for field, inner in w.parts()}
 
 
 # ---------------------------------------------------------------------------------- load, save, save again
@@ -286,7 +286,7 @@ def test_the_memory_footprint_is_the_true_one(family: str, folders: Folders) -> 
     plain, model = load(folders(family)), load(folders.quantized(family))
     buffers = sum(b.nbytes for b in model.buffers())
     parameters = sum(
-        sum(inner.nbytes for _, inner in p.inner()) if isinstance(p, QuantizedTensor) else p.nbytes
+        sum(inner.nbytes for _, inner in p.parts()) if isinstance(p, QuantizedTensor) else p.nbytes
         for p in model.parameters()
     )
     assert model.get_memory_footprint() == pytest.approx(parameters + buffers, abs=1e-6)
@@ -368,7 +368,7 @@ def test_a_tied_weight_is_one_parameter_and_lies_in_the_file_once(family: str, f
     assert isinstance(table, QuantizedTensor) and head is table
     keys = [key for key in disk(folders.quantized(family)) if key.startswith("lm_head") or "embed_tokens" in key]
     keys += [key for key in disk(folders.quantized(family)) if "wte" in key]
-    assert len(keys) == len(list(table.inner()))
+    assert len(keys) == len(list(table.parts()))
     assert not [key for key in keys if key.startswith("lm_head")]
 
 

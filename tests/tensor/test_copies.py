@@ -68,7 +68,7 @@ def test_copies_are_the_same_and_apart(case: Case, at: Layout, name: str, dtype:
         assert same(found, original)
         assert found.qdata.data_ptr() != weight.qdata.data_ptr()
         before = original.clone()
-        for _, tensor in found.inner():
+        for _, tensor in found.parts():
             tensor.zero_()
         assert torch.equal(original, before)
 
@@ -77,7 +77,7 @@ def test_copies_are_the_same_and_apart(case: Case, at: Layout, name: str, dtype:
 def test_every_inner_tensor_is_listed(case: Case) -> None:
     weight = LAYOUTS[0].quantize(case)
     names, _ = weight.__tensor_flatten__()
-    assert names == [f.name for f, _ in weight.inner()]
+    assert names == [f.name for f, _ in weight.parts()]
     assert names == ["qdata", "scale"] + ["zero_point"] * case.asymmetric
 
 
@@ -118,7 +118,7 @@ def test_copy_and_empty_like(case: Case, at: Layout) -> None:
 def test_equal_sees_every_difference(case: Case) -> None:
     weight = LAYOUTS[0].quantize(case)
     assert torch.equal(weight, weight.clone())
-    for name, tensor in [(f.name, t) for f, t in weight.inner()]:
+    for name, tensor in [(f.name, t) for f, t in weight.parts()]:
         other = weight.clone()
         changed = getattr(other, name)
         changed.copy_(tensor + 1)
@@ -194,7 +194,7 @@ def test_meta(case: Case, at: Layout) -> None:
     weight = at.quantize(case)
     found = weight.to("meta")
     assert found.is_meta and found.shape == weight.shape and found.meta == weight.meta
-    assert all(t.is_meta for _, t in found.inner())
+    assert all(t.is_meta for _, t in found.parts())
 
 
 # --- size and words ---------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def check_bytes(case: Case, at: Layout) -> None:
     if case.asymmetric:
         matrix += across * -(-along * fmt.bits // 8)
     assert weight.nbytes == matrix * (3 if at.experts else 1)
-    assert weight.nbytes == sum(tensor.nbytes for _, tensor in weight.inner())
+    assert weight.nbytes == sum(tensor.nbytes for _, tensor in weight.parts())
     assert weight.element_size() * weight.numel() == pytest.approx(weight.nbytes, rel=1e-12)
     assert weight.numel() == torch.Size(at.shape).numel()
     # What the format promises: its bits, plus the scales.
@@ -240,7 +240,7 @@ def test_shared_memory(case: Case) -> None:
     before = weight.dequantize()
     assert not weight.is_shared()
     assert weight.share_memory_() is weight
-    assert weight.is_shared() and all(t.is_shared() for _, t in weight.inner())
+    assert weight.is_shared() and all(t.is_shared() for _, t in weight.parts())
     assert torch.equal(weight.dequantize(), before)
 
 

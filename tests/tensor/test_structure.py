@@ -95,7 +95,7 @@ def compare(found: Any, expected: Any, what: str) -> None:
         assert isinstance(found, QuantizedTensor), what
         assert found.shape == expected.shape and found.dtype == expected.dtype, what
         assert torch.equal(found.dequantize(), expected), what
-        assert found.nbytes == sum(t.nbytes for _, t in found.inner()), what
+        assert found.nbytes == sum(t.nbytes for _, t in found.parts()), what
     else:
         assert len(found) == len(expected), what
         for a, b in zip(found, expected, strict=True):
