@@ -27,7 +27,7 @@ from llmquant.quantize import (
     replace_weight,
     report_weight,
 )
-from llmquant.tensor import QuantizedTensor
+from llmquant.tensor import STORAGE, QuantizedTensor
 
 
 @register_quantization_config(METHOD)
@@ -71,6 +71,12 @@ class LlmQuantConfig(QuantizationConfigMixin):
         """A manifest of these weights with a new save id; it becomes what `to_dict` gives."""
         self.manifest = new_manifest(self.config or [], entries)
         return self.manifest
+
+    def __deepcopy__(self, memo: Any) -> LlmQuantConfig:
+        # Manifests are replaced, never changed, so copies of a model's config can share one.
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        return copy
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as it stands in config.json."""
@@ -290,12 +296,16 @@ class _Keys(dict[str, tuple[str, str]]):
 class _Gather(WeightConverter):
     """Collects the components of each quantized weight, by exact keys instead of patterns."""
 
-    COMPONENTS = ("qdata", "scale", "zero_point")
+    COMPONENTS = tuple(dict.fromkeys(field.name for cls in STORAGE.values() for field in cls.fields))
     __slots__ = ("keys",)
 
     def __init__(self, keys: _Keys, operations: list[ConversionOps]) -> None:
         super().__init__(list(self.COMPONENTS), ["weight"], operations)
         self.keys = keys
+
+    def __deepcopy__(self, memo: Any) -> _Gather:
+        # One is made for every weight: a new collection, and nothing else that is worth copying.
+        return _Gather(self.keys, self.operations)
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         return self.keys.get(source_key, (source_key, None))
