@@ -12,7 +12,7 @@ help:  ## list the targets
 setup: $(STAMP)  ## make .venv and install llmquant with what its tests and its demo need
 
 # torch first and alone, so that nothing pulls in another build of it.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard llmquant/kernels/cpu/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"

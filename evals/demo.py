@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmquant.checkpoint.stream import quantize_checkpoint
 from llmquant.cli.console import progress_bar, size
-from llmquant.measure.evaluate import Evaluation, Protocol, Reference, evaluate
+from llmquant.measure.evaluate import Evaluation, Protocol, Reference, backends, evaluate
 from llmquant.measure.memory import Footprint, footprint
 from llmquant.measure.record import build_record, machine, versions
 from llmquant.measure.text import load_text
@@ -49,25 +49,27 @@ def main() -> None:
     text = load_text(options.text)
     ids, bos = tokenize(AutoTokenizer.from_pretrained(original), text.content)
     windows = make_windows(ids, options.context, options.windows, bos)
-    protocol = Protocol.describe(text, windows, bos, "float32", "reference")
+
+    def protocol(model: Any) -> Protocol:
+        return Protocol.describe(text, windows, bos, "float32", backends(model))
 
     records = []
     model, sizes = open_model(original)
     with progress_bar("16 bits: evaluate") as progress:
         reference = Reference.compute(model, windows, progress)
     with reference:
-        records.append(record("16 bits", original, protocol, evaluate(model, windows, reference), sizes, 0.0))
+        records.append(record("16 bits", original, protocol(model), evaluate(model, windows, reference), sizes, 0.0))
         del model
         for name in options.recipes:
             folder, seconds = quantized(original, options.folder / name, name)
             model, sizes = open_model(folder)
             with progress_bar(f"{name}: evaluate") as progress:
                 measured = evaluate(model, windows, reference, progress)
-            records.append(record(name, original, protocol, measured, sizes, seconds))
+            records.append(record(name, original, protocol(model), measured, sizes, seconds))
             del model
             gc.collect()
 
-    show(console, records, protocol)
+    show(console, records)
     console.print(f"{time.perf_counter() - started:.0f} s in all", highlight=False)
     (options.folder / "results.json").write_text(json.dumps(records, indent=2))
     (options.folder / "table.md").write_text(markdown(records))
@@ -132,7 +134,7 @@ def cells(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def show(console: Console, records: list[dict[str, Any]], protocol: Protocol) -> None:
+def show(console: Console, records: list[dict[str, Any]]) -> None:
     """The table for people."""
     table = Table(title="SmolLM2-135M-Instruct", header_style="bold")
     for column in COLUMNS:
@@ -140,16 +142,16 @@ def show(console: Console, records: list[dict[str, Any]], protocol: Protocol) ->
     for found in records:
         table.add_row(*map(escape, cells(found)))
     console.print(table)
-    console.print(describe(protocol), NOTE, sep="\n", highlight=False)
+    console.print(describe(records[-1]["protocol"]), NOTE, sep="\n", highlight=False)
 
 
-def describe(protocol: Protocol) -> str:
+def describe(protocol: dict[str, Any]) -> str:
     """The protocol in one line."""
     return (
-        f"text {protocol.text} ({protocol.text_sha256[:12]}), {protocol.windows} windows of {protocol.context} tokens, "
-        f"{protocol.tokens_scored} scored, no BOS, {protocol.dtype} logits; KL in nats to the 16-bit logits; "
-        "bits (q): per quantized weight, scales and zero points counted; s: seconds to quantize"
-    )
+        "text {text} ({text_sha256:.12}), {windows} windows of {context} tokens, {tokens_scored} scored, BOS {bos}, "
+        "{dtype} logits ({backend} kernels); KL in nats to the 16-bit logits; bits (q): per quantized weight, scales "
+        "and zero points counted; s: seconds to quantize"
+    ).format(**protocol)
 
 
 def markdown(records: list[dict[str, Any]]) -> str:

@@ -43,7 +43,7 @@ def run(model: str, baseline: str | None, text: str, context: int, windows: int,
     """Evaluates a model, its baseline first and then out of memory; returns the record."""
     from llmquant.checkpoint.source import locate, parse_dtype
     from llmquant.integrations.transformers import load, load_tokenizer
-    from llmquant.measure.evaluate import Protocol, Reference
+    from llmquant.measure.evaluate import Protocol, Reference, backends
     from llmquant.measure.evaluate import evaluate as measure
     from llmquant.measure.memory import footprint, reset_peak_rss
     from llmquant.measure.record import build_record, machine, versions
@@ -70,7 +70,7 @@ def run(model: str, baseline: str | None, text: str, context: int, windows: int,
         if reference:
             reference.close()
     name = str(candidate.dtype).removeprefix("torch.")
-    protocol = Protocol.describe(content, cut, bos, name, _backend(candidate))
+    protocol = Protocol.describe(content, cut, bos, name, backends(candidate))
     return build_record(
         model=model,
         baseline=baseline,
@@ -113,11 +113,3 @@ def print_record(record: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _backend(model: Any) -> str:
-    """The kernels that serve the model's quantized weights."""
-    from llmquant.tensor import QuantizedTensor
-
-    kernels = sorted({p.kernel().kernel for p in model.parameters() if isinstance(p, QuantizedTensor)})
-    return ", ".join(kernels) or "torch"

@@ -35,13 +35,15 @@ def info(
 def collect() -> dict[str, dict[str, Any]]:
     """Everything that `llmquant info` shows, as plain JSON."""
     from llmquant.formats import FORMATS
+    from llmquant.kernels import cpu
     from llmquant.measure.record import machine, versions
 
     return {
         "version": versions(),
         "machine": {**machine(), "features": ", ".join(_cpu_features()) or "none known"},
         "kernels": {
-            "native library": "not in this version; every weight is served by the aten reference",
+            "native library": cpu.missing()
+            or "loaded; serves int1 to int8 in groups that are a multiple of 4, and per row",
             "formats": ", ".join(FORMATS),
         },
         "missing": {name: use for name, use in _EXTRAS.items() if importlib.util.find_spec(name) is None},

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmquant.formats import get_format
-from llmquant.kernels import reference
+from llmquant.kernels import reference, registry
 from llmquant.kernels.packed import Packed
 from llmquant.primitives.blocks import block_counts
 
@@ -72,14 +72,14 @@ def _linear(x: Tensor, *args: Any) -> Tensor:
             tuple(bias.shape) == (weight.rows,),
             lambda: f"llmquant::linear: bias {tuple(bias.shape)} does not fit {weight.rows} rows",
         )
-    return reference.linear(x, weight, bias)
+    return registry.backend(weight).linear(x, weight, bias)
 
 
 def _matmul(x: Tensor, *args: Any) -> Tensor:
     weight = Packed(*args)
     check_packed(weight)
     _check_float_input("matmul", x, weight.rows)
-    return reference.matmul(x, weight)
+    return registry.backend(weight).matmul(x, weight)
 
 
 def _embedding(indices: Tensor, *args: Any) -> Tensor:

@@ -26,6 +26,7 @@ from llmquant.measure.divergence import Divergence, delta_p_rms, kl, top1_agrees
 from llmquant.measure.perplexity import Perplexity, token_nll
 from llmquant.measure.text import Text
 from llmquant.measure.windows import tokens_scored
+from llmquant.tensor import QuantizedTensor
 
 Progress = Callable[[int, int], object]  # called with (windows done, windows in all)
 Scored = tuple[Tensor, Tensor]  # a window's logits [T, V], in the model's dtype, and NLL [T - 1] float64 on the CPU
@@ -58,6 +59,12 @@ class Protocol:
         """The protocol of a run over these windows, [W, T]."""
         count, context = windows.shape
         return cls(text.name, text.sha256, context, count, bos, tokens_scored(windows), dtype, backend)
+
+
+def backends(model: nn.Module) -> str:
+    """The kernels that serve a model's quantized weights, or `torch` for a plain model."""
+    kernels = {p.kernel().kernel for p in model.parameters() if isinstance(p, QuantizedTensor)}
+    return ", ".join(sorted(kernels)) or "torch"
 
 
 @dataclass(frozen=True)

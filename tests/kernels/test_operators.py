@@ -117,7 +117,7 @@ def test_results_do_not_depend_on_the_panels(case: Case, monkeypatch: pytest.Mon
     weight, _ = packed(case, (7, 70))
     x, y, bias = torch.randn(3, 70), torch.randn(3, 7), torch.randn(7)
     whole = ops.linear(x, weight, bias), ops.matmul(y, weight)
-    monkeypatch.setattr(Packed, "panels", lambda self: [(i, i + 1) for i in range(self.rows)])
+    monkeypatch.setattr(Packed, "panels", lambda self, elements=0: [(i, i + 1) for i in range(self.rows)])
     torch.testing.assert_close(ops.linear(x, weight, bias), whole[0])
     torch.testing.assert_close(ops.matmul(y, weight), whole[1])
 
@@ -316,4 +316,4 @@ def test_an_index_out_of_range_is_refused(index: int, case: Case) -> None:
 
 def test_the_choice_of_kernel_is_explained() -> None:
     choice = registry.choose("int4", (1, 32), 64, "cpu")
-    assert choice.kernel and "int4" in choice.reason
+    assert choice.kernel in registry.BACKENDS and choice.reason
