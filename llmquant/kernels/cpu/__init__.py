@@ -13,7 +13,7 @@ from llmquant.formats import get_format
 from llmquant.kernels.packed import Packed
 
 # Beyond so many inputs a panel of the matrix is decoded and torch's own matrix product runs on it.
-_MOST_INPUTS = 24
+_MOST_INPUTS = 8
 _PANEL_ELEMENTS = 2**20
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

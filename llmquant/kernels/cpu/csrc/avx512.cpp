@@ -1,11 +1,11 @@
-// Weight-only kernels on the neutral layout, for AVX-512 with VBMI and BF16.
+// Weight-only kernels on the neutral layout, for AVX-512 with VBMI.
 //
-// A chunk is 64 neighbouring codes of a row. `vpermb` brings the bytes of each 8 codes into a 64-bit lane and
-// `vpmultishiftqb` cuts the codes out, whatever their width: one byte a code, in order. From there
-//   float32:  (code - zero) * scale * x, sixteen at a time, exactly the values of the reference;
-//   bfloat16: 0x4300 | code is the bfloat16 number 128 + code (256 + ... needs no rounding below 2^7), so one
-//             `vdpbf16ps` multiplies 32 codes; 128 + zero times the sum of the same inputs is taken off again.
-// Eight-bit codes are two nibbles in the bfloat16 path: code = low + 16 * high.
+// A vector has 16 lanes of 32 bits, and each lane takes L neighbouring columns of a row: its next L codes. Widths that
+// divide 32 lie in the lanes as they are on disk (L = 32 / bits); of the others `vpermb` and `vpmultishiftqb` make one
+// byte a code (L = 4). Step j then shifts the lanes to code j, `vpermps` looks its number up in a table of 16 (two
+// tables of 16 for five bits, a conversion beyond), and one FMA multiplies it by the inputs of those columns, which
+// were put in that order once a call. At the end of L steps each lane holds a sum over columns of one group, so one
+// more FMA applies the scales. All numbers are float32: only the order of the sums differs from the reference.
 // Rows are independent, so any number of threads gives the same result.
 #include "matrix.h"
 
@@ -15,14 +15,12 @@
 #include <cstring>
 #include <vector>
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,f16c,fma")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,f16c,fma")))
 #define INLINE TARGET static inline __attribute__((always_inline))
 
 namespace {
 
 constexpr int CHUNK = 64;
-
-inline int64_t chunks_of(int64_t columns) { return (columns + CHUNK - 1) / CHUNK; }
 
 // How to turn the bytes of one chunk into 64 codes.
 struct Cutter {
@@ -88,310 +86,246 @@ INLINE void store_float(void* data, int64_t i, int32_t type, float value) {
     }
 }
 
-// The scales and zeros of one row in float32. `zero` counts from code 0.
-INLINE void load_row(const Matrix& w, int64_t row, float* scale, float* zero) {
-    for (int64_t g = 0; g < w.groups; ++g) scale[g] = load_float(w.scale, row * w.groups + g, w.scale_type);
-    if (!w.zero_point) {
-        for (int64_t g = 0; g < w.groups; ++g) zero[g] = w.midpoint;
-        return;
-    }
-    const uint8_t* packed = w.zero_point + row * w.zero_bytes;
-    for (int64_t g = 0; g < w.groups; ++g) {
-        const int64_t bit = g * w.bits;
-        uint32_t two = packed[bit / 8];
-        if (bit / 8 + 1 < w.zero_bytes) two |= static_cast<uint32_t>(packed[bit / 8 + 1]) << 8;
-        zero[g] = static_cast<float>((two >> (bit % 8)) & ((1u << w.bits) - 1));
+// 16 floats of `type` from `data[i]` on; those that `present` leaves out are 0 and are not read.
+INLINE __m512 load_floats(const void* data, int64_t i, int32_t type, __mmask16 present) {
+    if (type == FLOAT_F32) return _mm512_maskz_loadu_ps(present, static_cast<const float*>(data) + i);
+    const __m256i half = _mm256_maskz_loadu_epi16(present, static_cast<const uint16_t*>(data) + i);
+    if (type == FLOAT_F16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+// 16 floats as bfloat16, rounded to nearest even.
+INLINE __m256i to_bfloat(__m512 value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
+}
+
+INLINE __mmask16 first_lanes(int64_t count) {
+    return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count > 0 ? count : 0)) - 1);
+}
+
+// The 16 codes of quarter `q` of 64, as float32.
+INLINE __m512 quarter(__m512i codes, int q) {
+    alignas(64) static const int32_t lanes[4][4] = {{0, 1, 2, 3}, {4, 5, 6, 7}, {8, 9, 10, 11}, {12, 13, 14, 15}};
+    const __m512i index = _mm512_castsi128_si512(_mm_load_si128(reinterpret_cast<const __m128i*>(lanes[q])));
+    const __m128i part = _mm512_castsi512_si128(_mm512_permutexvar_epi32(index, codes));
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(part));
+}
+
+// The scales and zeros of one row as float32; both have room for 64 entries more than there are groups.
+INLINE void load_row(const Matrix& w, int64_t row, const Cutter& cut, float* scale, float* zero) {
+    for (int64_t g = 0; g < w.groups; g += 16)
+        _mm512_storeu_ps(scale + g, load_floats(w.scale, row * w.groups + g, w.scale_type, first_lanes(w.groups - g)));
+    if (!w.zero_point) return;
+    for (int64_t c = 0; c * CHUNK < w.groups; ++c) {
+        const __m512i codes = codes_of(w.zero_point + row * w.zero_bytes, w.zero_bytes, c, cut);
+        for (int q = 0; q < 4; ++q) _mm512_storeu_ps(zero + c * CHUNK + 16 * q, quarter(codes, q));
     }
 }
 
-// Which group each piece of a row belongs to. Built once a call, so that no row divides.
-struct Groups {
-    bool halves;                 // whether each half of a chunk (32 columns) lies in one group
-    bool quarters;               // whether each quarter (16 columns) does
-    std::vector<int32_t> first;  // [chunks * 4]: the group of a quarter's first column
-    std::vector<int32_t> lanes;  // [chunks * 16]: of each 4 columns, where `halves` is false
-    std::vector<int32_t> each;   // [chunks * 64]: of each column, where `quarters` is false
+// Scales and zeros of the row at hand, kept by each thread.
+struct Row {
+    std::vector<float> scale, zero;
+    explicit Row(const Matrix& w) : scale(w.groups + 80, 0.f), zero(w.groups + 80, w.midpoint) {}
+};
 
-    explicit Groups(const Matrix& w)
-        : halves(w.groups == 1 || w.group % 32 == 0), quarters(w.groups == 1 || w.group % 16 == 0) {
-        fill(w, first, 16);
-        if (!halves) fill(w, lanes, 4);
-        if (!quarters) fill(w, each, 1);
+// --- products -----------------------------------------------------------------------------------------------
+
+// How a row is cut: `lane` columns a lane, so `columns` = 16 * lane a vector; and which group each lane belongs to.
+struct Cut {
+    int lane;
+    int64_t columns, bytes, vectors;
+    std::vector<int32_t> first;     // [vectors]: the group of a vector's first column
+    std::vector<int32_t> relative;  // [vectors, 16]: each lane's group, counted from there
+
+    explicit Cut(const Matrix& w) {
+        const bool dense = 32 % w.bits == 0 && w.bits < 8 && (w.groups == 1 || w.group % (32 / w.bits) == 0);
+        lane = dense ? 32 / w.bits : 4;
+        columns = 16 * lane;
+        bytes = columns * w.bits / 8;
+        vectors = (w.columns + columns - 1) / columns;
+        first.resize(vectors);
+        relative.resize(vectors * 16);
+        for (int64_t v = 0; v < vectors; ++v) {
+            first[v] = group_of(w, v * columns);
+            for (int i = 0; i < 16; ++i) relative[16 * v + i] = group_of(w, v * columns + i * lane) - first[v];
+        }
     }
 
    private:
-    static void fill(const Matrix& w, std::vector<int32_t>& index, int step) {
-        index.resize(chunks_of(w.columns) * CHUNK / step);
-        for (size_t i = 0; i < index.size(); ++i) {
-            const int64_t g = static_cast<int64_t>(i) * step / w.group;
-            index[i] = static_cast<int32_t>(g < w.groups ? g : w.groups - 1);
-        }
+    static int32_t group_of(const Matrix& w, int64_t column) {
+        const int64_t g = column / w.group;
+        return static_cast<int32_t>(g < w.groups ? g : w.groups - 1);
     }
 };
 
-// One value a lane of 4 columns for chunk `c`.
-template <bool HALVES>
-INLINE __m512 spread_chunk(const float* values, const Groups& groups, int64_t c) {
-    if (!HALVES) return _mm512_i32gather_ps(_mm512_loadu_si512(groups.lanes.data() + 16 * c), values, 4);
-    const __m512 low = _mm512_set1_ps(values[groups.first[4 * c]]);
-    return _mm512_mask_broadcastss_ps(low, 0xff00, _mm_load_ss(values + groups.first[4 * c + 2]));
-}
-
-// One value a column for quarter `q` of chunk `c`.
-INLINE __m512 spread_quarter(const float* values, const Groups& groups, int64_t c, int q) {
-    if (!groups.quarters)
-        return _mm512_i32gather_ps(_mm512_loadu_si512(groups.each.data() + CHUNK * c + 16 * q), values, 4);
-    return _mm512_set1_ps(values[groups.first[4 * c + q]]);
-}
-
-// The 16 values of quarter `q` of a chunk, exactly as the reference decodes them.
-INLINE __m512 decode_quarter(__m512i codes, const Groups& groups, int64_t c, int q, const float* scale,
-                             const float* zero) {
-    __m128i part;
-    switch (q) {
-        case 0: part = _mm512_extracti32x4_epi32(codes, 0); break;
-        case 1: part = _mm512_extracti32x4_epi32(codes, 1); break;
-        case 2: part = _mm512_extracti32x4_epi32(codes, 2); break;
-        default: part = _mm512_extracti32x4_epi32(codes, 3);
-    }
-    const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(part));
-    return _mm512_mul_ps(_mm512_sub_ps(code, spread_quarter(zero, groups, c, q)),
-                         spread_quarter(scale, groups, c, q));
-}
-
-// --- float32 inputs -----------------------------------------------------------------------------------------
-
-// x [m, chunks * 64] float32, padded with zeros. One row of the matrix against `M` inputs.
-template <int M>
-INLINE void row_f32(const Matrix& w, const Groups& groups, int64_t row, const Cutter& cut, const float* x, int64_t stride,
-                    const float* scale, const float* zero, float* out) {
-    __m512 total[M];
-    for (int m = 0; m < M; ++m) total[m] = _mm512_setzero_ps();
-    const uint8_t* data = w.qdata + row * w.row_bytes;
-    for (int64_t c = 0; c < chunks_of(w.columns); ++c) {
-        _mm_prefetch(reinterpret_cast<const char*>(data + c * cut.chunk_bytes + 2048), _MM_HINT_T0);
-        const __m512i codes = codes_of(data, w.row_bytes, c, cut);
-        for (int q = 0; q < 4; ++q) {
-            const int64_t column = c * CHUNK + 16 * q;
-            if (column >= w.columns) break;
-            const __m512 value = decode_quarter(codes, groups, c, q, scale, zero);
-            for (int m = 0; m < M; ++m)
-                total[m] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + m * stride + column), total[m]);
-        }
-    }
-    for (int m = 0; m < M; ++m) out[m] = _mm512_reduce_add_ps(total[m]);
-}
-
-// --- bfloat16 inputs ----------------------------------------------------------------------------------------
-
-// One input as the kernel wants it: `pairs` [chunks, 2, 32] has for each chunk the 32 even columns, then the 32 odd
-// ones; `sums` [chunks, 16] for each lane the sum of the four columns that meet in it.
-INLINE void prepare(const uint16_t* x, int64_t columns, uint16_t* pairs, float* sums) {
-    for (int64_t c = 0; c < chunks_of(columns); ++c)
-        for (int lane = 0; lane < 16; ++lane) {
-            float sum = 0;
-            for (int i = 0; i < 4; ++i) {
-                const int64_t k = c * CHUNK + 4 * lane + i;
-                const uint16_t value = k < columns ? x[k] : 0;
-                pairs[c * CHUNK + (i & 1) * 32 + 2 * lane + i / 2] = value;
-                sum += bfloat_to_float(value);
-            }
-            sums[c * 16 + lane] = sum;
-        }
-}
-
-// What a row kernel for bfloat16 inputs works on; `pairs` and `sums` begin at the first of its M inputs.
+// Inputs in the kernel's order: `x` [m, vectors, lane, 16], and for each lane their sum, `sums` [m, vectors, 16].
 struct Inputs {
-    const uint16_t* pairs;
-    const float* sums;
-    int64_t chunks;
+    int64_t x_stride, sums_stride;
+    std::vector<float> x, sums;
+
+    TARGET Inputs(const Cut& cut, const Matrix& w, const void* data, int32_t type, int64_t m)
+        : x_stride(cut.vectors * cut.columns),
+          sums_stride(cut.vectors * 16),
+          x(m * x_stride, 0.f),
+          sums(m * sums_stride, 0.f) {
+        for (int64_t i = 0; i < m; ++i)
+            for (int64_t k = 0; k < w.columns; ++k) {
+                const int64_t vector = k / cut.columns, lane = k % cut.columns / cut.lane, step = k % cut.lane;
+                const float value = load_float(data, i * w.columns + k, type);
+                x[i * x_stride + (vector * cut.lane + step) * 16 + lane] = value;
+                sums[i * sums_stride + vector * 16 + lane] += value;
+            }
+    }
 };
 
-// 128 + code of the even and of the odd columns of a chunk, as bfloat16. Of eight-bit codes the low and high nibbles.
+// The numbers that codes stand for: code - midpoint from a table, or the code itself where it is converted.
 struct Numbers {
-    __m512i even, odd, even_high, odd_high;
+    __m512 low, high;
 };
+
+INLINE Numbers make_numbers(int bits, float midpoint) {
+    alignas(64) float table[32];
+    for (int i = 0; i < 32; ++i) table[i] = static_cast<float>(i & ((1 << bits) - 1)) - midpoint;
+    return {_mm512_load_ps(table), _mm512_load_ps(table + 16)};
+}
 
 template <int BITS>
-INLINE Numbers numbers_of(const uint8_t* packed, __mmask64 present, const Cutter& cut, __m512i field, __m512i magic) {
-    Numbers n{};
-    if (BITS == 4) {
-        const __m512i wide = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(static_cast<__mmask32>(present), packed));
-        n.even = _mm512_ternarylogic_epi32(wide, field, magic, 0xEA);  // (wide & field) | magic
-        n.odd = _mm512_or_si512(_mm512_srli_epi16(wide, 4), magic);
-        return n;
-    }
-    const __m512i codes = cut_codes(_mm512_maskz_loadu_epi8(present, packed), cut);
-    n.even = _mm512_ternarylogic_epi32(codes, field, magic, 0xEA);
-    n.odd = _mm512_ternarylogic_epi32(_mm512_srli_epi16(codes, 8), field, magic, 0xEA);
-    if (BITS == 8) {
-        n.even_high = _mm512_ternarylogic_epi32(_mm512_srli_epi16(codes, 4), field, magic, 0xEA);
-        n.odd_high = _mm512_or_si512(_mm512_srli_epi16(codes, 12), magic);
-    }
-    return n;
+INLINE __m512 number(__m512i shifted, const Numbers& numbers) {
+    if (BITS <= 4) return _mm512_permutexvar_ps(shifted, numbers.low);  // looks at four bits; see make_numbers
+    if (BITS == 5) return _mm512_permutex2var_ps(numbers.low, shifted, numbers.high);
+    return _mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(0xff)));
 }
 
-// One row of the matrix against M inputs. Not inlined, so that each variant has the registers for itself.
-template <int M, int BITS, bool HALVES, bool ZEROS>
-TARGET __attribute__((noinline)) void row_bf16(const uint8_t* data, int64_t row_bytes, float midpoint,
-                                               const Cutter& cutter, const Groups& groups, const Inputs& x,
-                                               const float* scale, const float* zero, float* out) {
-    constexpr int BYTES = 8 * BITS;
-    const Cutter cut = cutter;
-    const __m512i magic = _mm512_set1_epi16(0x4300), field = _mm512_set1_epi16((1 << (BITS == 8 ? 4 : BITS)) - 1);
-    const float offset = BITS == 8 ? 128.f + 16 * 128.f : 128.f;
-    const __m512 base = _mm512_set1_ps(offset), middle = _mm512_set1_ps(offset + midpoint);
+// One row against M inputs. `zero` counts from what `number` has taken off already. Not inlined, so that each variant
+// has the registers for itself.
+template <int M, int BITS, int LANE, bool ZEROS>
+TARGET __attribute__((noinline)) void dot(const uint8_t* data, int64_t row_bytes, float midpoint, const Cut& cut,
+                                          const Cutter& cutter, const Inputs& inputs, int64_t from, const float* scale,
+                                          const float* zero, float* out) {
+    constexpr int BYTES = 16 * LANE * BITS / 8, SHIFT = LANE == 4 ? 8 : BITS;
+    const Cutter local = cutter;
+    const Numbers numbers = make_numbers(BITS, midpoint);
+    const __m512 taken = _mm512_set1_ps(BITS <= 5 ? midpoint : 0.f);
+    const float* x = inputs.x.data() + from * inputs.x_stride;
+    const float* sums = inputs.sums.data() + from * inputs.sums_stride;
     __m512 total[M];
     for (int m = 0; m < M; ++m) total[m] = _mm512_setzero_ps();
-    const int64_t last = x.chunks - 1;
-    for (int64_t c = 0; c <= last; ++c) {
-        _mm_prefetch(reinterpret_cast<const char*>(data + c * BYTES + 2048), _MM_HINT_T0);
-        const __mmask64 whole = BYTES == 64 ? ~0ull : (1ull << (BYTES & 63)) - 1;
-        const __mmask64 present = c < last ? whole : present_bytes(row_bytes, c, BYTES);
-        const Numbers n = numbers_of<BITS>(data + c * BYTES, present, cut, field, magic);
-        const __m512 s = spread_chunk<HALVES>(scale, groups, c);
-        const __m512 z = ZEROS ? _mm512_add_ps(spread_chunk<HALVES>(zero, groups, c), base) : middle;
-        for (int m = 0; m < M; ++m) {
-            const uint16_t* p = x.pairs + (m * x.chunks + c) * CHUNK;
-            const __m512bh even = (__m512bh)_mm512_loadu_si512(p), odd = (__m512bh)_mm512_loadu_si512(p + 32);
-            __m512 sum = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)n.even, even);
-            sum = _mm512_dpbf16_ps(sum, (__m512bh)n.odd, odd);
-            if (BITS == 8) {
-                __m512 high = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)n.even_high, even);
-                high = _mm512_dpbf16_ps(high, (__m512bh)n.odd_high, odd);
-                sum = _mm512_fmadd_ps(high, _mm512_set1_ps(16.f), sum);
-            }
-            sum = _mm512_fnmadd_ps(z, _mm512_loadu_ps(x.sums + (m * x.chunks + c) * 16), sum);
-            total[m] = _mm512_fmadd_ps(s, sum, total[m]);
+    for (int64_t v = 0; v < cut.vectors; ++v) {
+        _mm_prefetch(reinterpret_cast<const char*>(data + v * BYTES + 2048), _MM_HINT_T0);
+        const __mmask64 present = present_bytes(row_bytes, v, BYTES);
+        __m512i codes = _mm512_maskz_loadu_epi8(present, data + v * BYTES);
+        if (LANE == 4) codes = cut_codes(codes, local);
+        __m512 sum[M];
+        for (int m = 0; m < M; ++m) sum[m] = _mm512_setzero_ps();
+#pragma GCC unroll 32
+        for (int j = 0; j < LANE; ++j) {
+            const __m512 w = number<BITS>(_mm512_srli_epi32(codes, SHIFT * j), numbers);
+            for (int m = 0; m < M; ++m)
+                sum[m] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x + m * inputs.x_stride + (v * LANE + j) * 16), sum[m]);
         }
+        const __m512i lanes = _mm512_loadu_si512(cut.relative.data() + 16 * v);
+        const __m512 s = _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(scale + cut.first[v]));
+        if (ZEROS || BITS > 5) {
+            const __m512 z = _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(zero + cut.first[v]));
+            const __m512 left = _mm512_sub_ps(z, taken);
+            for (int m = 0; m < M; ++m)
+                sum[m] = _mm512_fnmadd_ps(left, _mm512_loadu_ps(sums + m * inputs.sums_stride + 16 * v), sum[m]);
+        }
+        for (int m = 0; m < M; ++m) total[m] = _mm512_fmadd_ps(s, sum[m], total[m]);
     }
     for (int m = 0; m < M; ++m) out[m] = _mm512_reduce_add_ps(total[m]);
 }
 
-using RowKernel = void (*)(const uint8_t*, int64_t, float, const Cutter&, const Groups&, const Inputs&, const float*,
-                           const float*, float*);
+using Dot = void (*)(const uint8_t*, int64_t, float, const Cut&, const Cutter&, const Inputs&, int64_t, const float*,
+                     const float*, float*);
 
-template <int M, int BITS>
-RowKernel variant(bool halves, bool zeros) {
-    if (halves) return zeros ? row_bf16<M, BITS, true, true> : row_bf16<M, BITS, true, false>;
-    return zeros ? row_bf16<M, BITS, false, true> : row_bf16<M, BITS, false, false>;
+template <int M, int BITS, int LANE>
+Dot choose_dot(bool zeros) {
+    return zeros ? dot<M, BITS, LANE, true> : dot<M, BITS, LANE, false>;
 }
 
 template <int M>
-RowKernel variant(int bits, bool halves, bool zeros) {
-    switch (bits) {
-        case 1: return variant<M, 1>(halves, zeros);
-        case 2: return variant<M, 2>(halves, zeros);
-        case 3: return variant<M, 3>(halves, zeros);
-        case 4: return variant<M, 4>(halves, zeros);
-        case 5: return variant<M, 5>(halves, zeros);
-        case 6: return variant<M, 6>(halves, zeros);
-        case 7: return variant<M, 7>(halves, zeros);
-        default: return variant<M, 8>(halves, zeros);
-    }
-}
-
-RowKernel row_kernel(int count, int bits, bool halves, bool zeros) {
-    switch (count) {
-        case 1: return variant<1>(bits, halves, zeros);
-        case 2: return variant<2>(bits, halves, zeros);
-        case 3: return variant<3>(bits, halves, zeros);
-        default: return variant<4>(bits, halves, zeros);
-    }
-}
-
-INLINE void dispatch_f32(int count, const Matrix& w, const Groups& groups, int64_t row, const Cutter& cut, const float* x, int64_t stride,
-                         const float* scale, const float* zero, float* out) {
-    switch (count) {
-        case 1: return row_f32<1>(w, groups, row, cut, x, stride, scale, zero, out);
-        case 2: return row_f32<2>(w, groups, row, cut, x, stride, scale, zero, out);
-        case 3: return row_f32<3>(w, groups, row, cut, x, stride, scale, zero, out);
-        default: return row_f32<4>(w, groups, row, cut, x, stride, scale, zero, out);
-    }
-}
-
-TARGET void linear_bf16(const Matrix& w, const uint16_t* x, int64_t m, const void* bias, int32_t bias_type,
-                        uint16_t* out) {
-    const int64_t chunks = chunks_of(w.columns);
-    std::vector<uint16_t> pairs(m * chunks * CHUNK);
-    std::vector<float> sums(m * chunks * 16);
-    for (int64_t i = 0; i < m; ++i)
-        prepare(x + i * w.columns, w.columns, pairs.data() + i * chunks * CHUNK, sums.data() + i * chunks * 16);
-    const Groups groups(w);
-    RowKernel kernels[5] = {};
-    for (int count = 1; count <= 4; ++count)
-        kernels[count] = row_kernel(count, w.bits, groups.halves, w.zero_point != nullptr);
-#pragma omp parallel
-    {
-        const Cutter cut = make_cutter(w.bits);
-        std::vector<float> scale(w.groups), zero(w.groups);
-        float found[4];
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < w.rows; ++row) {
-            load_row(w, row, scale.data(), zero.data());
-            const float add = bias ? load_float(bias, row, bias_type) : 0.f;
-            for (int64_t i = 0; i < m; i += 4) {
-                const int count = m - i < 4 ? static_cast<int>(m - i) : 4;
-                const Inputs inputs{pairs.data() + i * chunks * CHUNK, sums.data() + i * chunks * 16, chunks};
-                kernels[count](w.qdata + row * w.row_bytes, w.row_bytes, w.midpoint, cut, groups, inputs, scale.data(),
-                               zero.data(), found);
-                for (int j = 0; j < count; ++j) store_float(out, (i + j) * w.rows + row, FLOAT_BF16, found[j] + add);
-            }
+Dot choose_dot(int bits, int lane, bool zeros) {
+    if (lane == 4) switch (bits) {
+            case 1: return choose_dot<M, 1, 4>(zeros);
+            case 2: return choose_dot<M, 2, 4>(zeros);
+            case 3: return choose_dot<M, 3, 4>(zeros);
+            case 4: return choose_dot<M, 4, 4>(zeros);
+            case 5: return choose_dot<M, 5, 4>(zeros);
+            case 6: return choose_dot<M, 6, 4>(zeros);
+            case 7: return choose_dot<M, 7, 4>(zeros);
+            default: return choose_dot<M, 8, 4>(zeros);
         }
-    }
+    return bits == 1 ? choose_dot<M, 1, 32>(zeros) : bits == 2 ? choose_dot<M, 2, 16>(zeros) : choose_dot<M, 4, 8>(zeros);
 }
 
-TARGET void linear_wide(const Matrix& w, const void* x, int32_t type, int64_t m, const void* bias, int32_t bias_type,
-                        void* out) {
-    const int64_t stride = chunks_of(w.columns) * CHUNK;
-    std::vector<float> wide(m * stride, 0.f);
-    for (int64_t i = 0; i < m; ++i)
-        for (int64_t k = 0; k < w.columns; ++k) wide[i * stride + k] = load_float(x, i * w.columns + k, type);
-    const Groups groups(w);
+TARGET void linear(const Matrix& w, const void* data, int32_t type, int64_t m, const void* bias, int32_t bias_type,
+                   void* out) {
+    const Cut cut(w);
+    const Inputs inputs(cut, w, data, type, m);
+    const bool zeros = w.zero_point != nullptr;
+    const Dot dots[5] = {nullptr, choose_dot<1>(w.bits, cut.lane, zeros), choose_dot<2>(w.bits, cut.lane, zeros),
+                         choose_dot<3>(w.bits, cut.lane, zeros), choose_dot<4>(w.bits, cut.lane, zeros)};
 #pragma omp parallel
     {
-        const Cutter cut = make_cutter(w.bits);
-        std::vector<float> scale(w.groups), zero(w.groups);
+        const Cutter cutter = make_cutter(w.bits);
+        Row parameters(w);
         float found[4];
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < w.rows; ++row) {
-            load_row(w, row, scale.data(), zero.data());
+            load_row(w, row, cutter, parameters.scale.data(), parameters.zero.data());
             const float add = bias ? load_float(bias, row, bias_type) : 0.f;
             for (int64_t i = 0; i < m; i += 4) {
-                const int count = m - i < 4 ? static_cast<int>(m - i) : 4;
-                dispatch_f32(count, w, groups, row, cut, wide.data() + i * stride, stride, scale.data(), zero.data(), found);
+                const int64_t count = m - i < 4 ? m - i : 4;
+                dots[count](w.qdata + row * w.row_bytes, w.row_bytes, w.midpoint, cut, cutter, inputs, i,
+                            parameters.scale.data(), parameters.zero.data(), found);
                 for (int j = 0; j < count; ++j) store_float(out, (i + j) * w.rows + row, type, found[j] + add);
             }
         }
     }
 }
 
-TARGET void dequantize_rows(const Matrix& w, int32_t type, void* out) {
-    const Groups groups(w);
+// --- decoding -----------------------------------------------------------------------------------------------
+
+// The group of each column from `start` on, for 16 of them.
+INLINE __m512 spread(const float* values, const Matrix& w, const int32_t* groups, int64_t column, bool whole) {
+    if (whole) return _mm512_set1_ps(values[groups[column]]);
+    return _mm512_i32gather_ps(_mm512_loadu_si512(groups + column), values, 4);
+}
+
+TARGET void dequantize(const Matrix& w, int32_t type, void* out) {
+    const int64_t chunks = (w.columns + CHUNK - 1) / CHUNK;
+    const bool whole = w.groups == 1 || w.group % 16 == 0;  // whether 16 columns always lie in one group
+    std::vector<int32_t> groups(chunks * CHUNK, 0);
+    for (int64_t k = 0; k < w.columns; ++k) groups[k] = static_cast<int32_t>(w.groups == 1 ? 0 : k / w.group);
 #pragma omp parallel
     {
-        const Cutter cut = make_cutter(w.bits);
-        std::vector<float> scale(w.groups), zero(w.groups);
+        const Cutter cutter = make_cutter(w.bits);
+        Row parameters(w);
+        const float *scale = parameters.scale.data(), *zero = parameters.zero.data();
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < w.rows; ++row) {
-            load_row(w, row, scale.data(), zero.data());
-            const uint8_t* data = w.qdata + row * w.row_bytes;
-            for (int64_t c = 0; c < chunks_of(w.columns); ++c) {
-                const __m512i codes = codes_of(data, w.row_bytes, c, cut);
+            load_row(w, row, cutter, parameters.scale.data(), parameters.zero.data());
+            for (int64_t c = 0; c < chunks; ++c) {
+                const __m512i codes = codes_of(w.qdata + row * w.row_bytes, w.row_bytes, c, cutter);
                 for (int q = 0; q < 4; ++q) {
-                    const int64_t column = c * CHUNK + 16 * q, left = w.columns - column;
-                    if (left <= 0) break;
-                    const __mmask16 present = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-                    const __m512 value = decode_quarter(codes, groups, c, q, scale.data(), zero.data());
-                    const int64_t at = row * w.columns + column;
+                    const int64_t column = c * CHUNK + 16 * q, at = row * w.columns + column;
+                    if (column >= w.columns) break;
+                    const __mmask16 present = first_lanes(w.columns - column);
+                    const __m512 value =
+                        _mm512_mul_ps(_mm512_sub_ps(quarter(codes, q), spread(zero, w, groups.data(), column, whole)),
+                                      spread(scale, w, groups.data(), column, whole));
                     if (type == FLOAT_F32)
                         _mm512_mask_storeu_ps(static_cast<float*>(out) + at, present, value);
-                    else if (type == FLOAT_F16)
-                        _mm256_mask_storeu_epi16(static_cast<uint16_t*>(out) + at, present,
-                                                 _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
                     else
                         _mm256_mask_storeu_epi16(static_cast<uint16_t*>(out) + at, present,
-                                                 (__m256i)_mm512_cvtneps_pbh(value));
+                                                 type == FLOAT_F16
+                                                     ? _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT)
+                                                     : to_bfloat(value));
                 }
             }
         }
@@ -407,20 +341,17 @@ int32_t llmquant_supported() {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+           __builtin_cpu_supports("avx512vbmi");
 }
 
 // x [m, columns] -> out [m, rows], both of `type`; bias [rows] of `bias_type` or null.
 void llmquant_linear(const Matrix* w, const void* x, int32_t type, int64_t m, const void* bias, int32_t bias_type,
                      void* out) {
-    if (type == FLOAT_BF16)
-        linear_bf16(*w, static_cast<const uint16_t*>(x), m, bias, bias_type, static_cast<uint16_t*>(out));
-    else
-        linear_wide(*w, x, type, m, bias, bias_type, out);
+    linear(*w, x, type, m, bias, bias_type, out);
 }
 
 // The matrix as floats of `type`, [rows, columns].
-void llmquant_dequantize(const Matrix* w, int32_t type, void* out) { dequantize_rows(*w, type, out); }
+void llmquant_dequantize(const Matrix* w, int32_t type, void* out) { dequantize(*w, type, out); }
 
 }  // extern "C"
 
