@@ -173,11 +173,15 @@ struct Inputs {
           x(m * x_stride, 0.f),
           sums(m * sums_stride, 0.f) {
         for (int64_t i = 0; i < m; ++i)
-            for (int64_t k = 0; k < w.columns; ++k) {
-                const int64_t vector = k / cut.columns, lane = k % cut.columns / cut.lane, step = k % cut.lane;
-                const float value = load_float(data, i * w.columns + k, type);
-                x[i * x_stride + (vector * cut.lane + step) * 16 + lane] = value;
-                sums[i * sums_stride + vector * 16 + lane] += value;
+            for (int64_t lane = 0, k = 0; k < w.columns; ++lane) {  // lanes of all vectors, one behind the other
+                float* to = x.data() + i * x_stride + (lane / 16) * cut.columns + lane % 16;
+                float sum = 0;
+                for (int step = 0; step < cut.lane && k < w.columns; ++step, ++k) {
+                    const float value = load_float(data, i * w.columns + k, type);
+                    to[16 * step] = value;
+                    sum += value;
+                }
+                sums[i * sums_stride + lane] = sum;
             }
     }
 };
@@ -200,48 +204,67 @@ INLINE __m512 number(__m512i shifted, const Numbers& numbers) {
     return _mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(0xff)));
 }
 
-// One row against M inputs. `zero` counts from what `number` has taken off already. Not inlined, so that each variant
-// has the registers for itself.
+// Two rows against M inputs: they share each load of the inputs. An odd last row is given twice. Not inlined, so that
+// each variant has the registers for itself.
+constexpr int ROWS = 2, MOST = 4;
+
+struct Pair {
+    const uint8_t* data[ROWS];
+    const float *scale[ROWS], *zero[ROWS];
+};
+
 template <int M, int BITS, int LANE, bool ZEROS>
-TARGET __attribute__((noinline)) void dot(const uint8_t* data, int64_t row_bytes, float midpoint, const Cut& cut,
-                                          const Cutter& cutter, const Inputs& inputs, int64_t from, const float* scale,
-                                          const float* zero, float* out) {
+TARGET __attribute__((noinline)) void dot(const Pair& rows, int64_t row_bytes, float midpoint, const Cut& cut,
+                                          const Cutter& cutter, const Inputs& inputs, int64_t from,
+                                          float out[ROWS][MOST]) {
     constexpr int BYTES = 16 * LANE * BITS / 8, SHIFT = LANE == 4 ? 8 : BITS;
     const Cutter local = cutter;
     const Numbers numbers = make_numbers(BITS, midpoint);
     const __m512 taken = _mm512_set1_ps(BITS <= 5 ? midpoint : 0.f);
     const float* x = inputs.x.data() + from * inputs.x_stride;
     const float* sums = inputs.sums.data() + from * inputs.sums_stride;
-    __m512 total[M];
-    for (int m = 0; m < M; ++m) total[m] = _mm512_setzero_ps();
-    for (int64_t v = 0; v < cut.vectors; ++v) {
-        _mm_prefetch(reinterpret_cast<const char*>(data + v * BYTES + 2048), _MM_HINT_T0);
-        const __mmask64 present = present_bytes(row_bytes, v, BYTES);
-        __m512i codes = _mm512_maskz_loadu_epi8(present, data + v * BYTES);
-        if (LANE == 4) codes = cut_codes(codes, local);
-        __m512 sum[M];
-        for (int m = 0; m < M; ++m) sum[m] = _mm512_setzero_ps();
+    const int64_t x_stride = inputs.x_stride, sums_stride = inputs.sums_stride, vectors = cut.vectors;
+    __m512 total[ROWS][M];
+    for (int r = 0; r < ROWS; ++r)
+        for (int m = 0; m < M; ++m) total[r][m] = _mm512_setzero_ps();
+    __mmask64 present = BYTES == 64 ? ~0ull : (1ull << (BYTES & 63)) - 1;
+    for (int64_t v = 0; v < vectors; ++v) {
+        if (v == vectors - 1) present = present_bytes(row_bytes, v, BYTES);
+        __m512i codes[ROWS];
+        __m512 sum[ROWS][M];
+        for (int r = 0; r < ROWS; ++r) {
+            _mm_prefetch(reinterpret_cast<const char*>(rows.data[r] + v * BYTES + 4096), _MM_HINT_T0);
+            codes[r] = _mm512_maskz_loadu_epi8(present, rows.data[r] + v * BYTES);
+            if (LANE == 4) codes[r] = cut_codes(codes[r], local);
+            for (int m = 0; m < M; ++m) sum[r][m] = _mm512_setzero_ps();
+        }
 #pragma GCC unroll 32
         for (int j = 0; j < LANE; ++j) {
-            const __m512 w = number<BITS>(_mm512_srli_epi32(codes, SHIFT * j), numbers);
-            for (int m = 0; m < M; ++m)
-                sum[m] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x + m * inputs.x_stride + (v * LANE + j) * 16), sum[m]);
+            __m512 w[ROWS];
+            for (int r = 0; r < ROWS; ++r) w[r] = number<BITS>(_mm512_srli_epi32(codes[r], SHIFT * j), numbers);
+            for (int m = 0; m < M; ++m) {
+                const __m512 input = _mm512_loadu_ps(x + m * x_stride + (v * LANE + j) * 16);
+                for (int r = 0; r < ROWS; ++r) sum[r][m] = _mm512_fmadd_ps(w[r], input, sum[r][m]);
+            }
         }
         const __m512i lanes = _mm512_loadu_si512(cut.relative.data() + 16 * v);
-        const __m512 s = _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(scale + cut.first[v]));
-        if (ZEROS || BITS > 5) {
-            const __m512 z = _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(zero + cut.first[v]));
-            const __m512 left = _mm512_sub_ps(z, taken);
-            for (int m = 0; m < M; ++m)
-                sum[m] = _mm512_fnmadd_ps(left, _mm512_loadu_ps(sums + m * inputs.sums_stride + 16 * v), sum[m]);
+        const int64_t first = cut.first[v];
+        for (int r = 0; r < ROWS; ++r) {
+            const __m512 s = _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(rows.scale[r] + first));
+            if (ZEROS || BITS > 5) {
+                const __m512 z = _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(rows.zero[r] + first));
+                const __m512 left = _mm512_sub_ps(z, taken);
+                for (int m = 0; m < M; ++m)
+                    sum[r][m] = _mm512_fnmadd_ps(left, _mm512_loadu_ps(sums + m * sums_stride + 16 * v), sum[r][m]);
+            }
+            for (int m = 0; m < M; ++m) total[r][m] = _mm512_fmadd_ps(s, sum[r][m], total[r][m]);
         }
-        for (int m = 0; m < M; ++m) total[m] = _mm512_fmadd_ps(s, sum[m], total[m]);
     }
-    for (int m = 0; m < M; ++m) out[m] = _mm512_reduce_add_ps(total[m]);
+    for (int r = 0; r < ROWS; ++r)
+        for (int m = 0; m < M; ++m) out[r][m] = _mm512_reduce_add_ps(total[r][m]);
 }
 
-using Dot = void (*)(const uint8_t*, int64_t, float, const Cut&, const Cutter&, const Inputs&, int64_t, const float*,
-                     const float*, float*);
+using Dot = void (*)(const Pair&, int64_t, float, const Cut&, const Cutter&, const Inputs&, int64_t, float[ROWS][MOST]);
 
 template <int M, int BITS, int LANE>
 Dot choose_dot(bool zeros) {
@@ -268,22 +291,31 @@ TARGET void linear(const Matrix& w, const void* data, int32_t type, int64_t m, c
     const Cut cut(w);
     const Inputs inputs(cut, w, data, type, m);
     const bool zeros = w.zero_point != nullptr;
-    const Dot dots[5] = {nullptr, choose_dot<1>(w.bits, cut.lane, zeros), choose_dot<2>(w.bits, cut.lane, zeros),
-                         choose_dot<3>(w.bits, cut.lane, zeros), choose_dot<4>(w.bits, cut.lane, zeros)};
+    const Dot dots[MOST + 1] = {nullptr, choose_dot<1>(w.bits, cut.lane, zeros), choose_dot<2>(w.bits, cut.lane, zeros),
+                                choose_dot<3>(w.bits, cut.lane, zeros), choose_dot<4>(w.bits, cut.lane, zeros)};
 #pragma omp parallel
     {
         const Cutter cutter = make_cutter(w.bits);
-        Row parameters(w);
-        float found[4];
+        Row parameters[ROWS] = {Row(w), Row(w)};
+        float found[ROWS][MOST];
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < w.rows; ++row) {
-            load_row(w, row, cutter, parameters.scale.data(), parameters.zero.data());
-            const float add = bias ? load_float(bias, row, bias_type) : 0.f;
-            for (int64_t i = 0; i < m; i += 4) {
-                const int64_t count = m - i < 4 ? m - i : 4;
-                dots[count](w.qdata + row * w.row_bytes, w.row_bytes, w.midpoint, cut, cutter, inputs, i,
-                            parameters.scale.data(), parameters.zero.data(), found);
-                for (int j = 0; j < count; ++j) store_float(out, (i + j) * w.rows + row, type, found[j] + add);
+        for (int64_t row = 0; row < w.rows; row += ROWS) {
+            Pair rows;
+            for (int r = 0; r < ROWS; ++r) {
+                const int64_t at = row + r < w.rows ? row + r : w.rows - 1;
+                load_row(w, at, cutter, parameters[r].scale.data(), parameters[r].zero.data());
+                rows.data[r] = w.qdata + at * w.row_bytes;
+                rows.scale[r] = parameters[r].scale.data();
+                rows.zero[r] = parameters[r].zero.data();
+            }
+            for (int64_t i = 0; i < m; i += MOST) {
+                const int64_t count = m - i < MOST ? m - i : MOST;
+                dots[count](rows, w.row_bytes, w.midpoint, cut, cutter, inputs, i, found);
+                for (int r = 0; r < ROWS && row + r < w.rows; ++r) {
+                    const float add = bias ? load_float(bias, row + r, bias_type) : 0.f;
+                    for (int k = 0; k < count; ++k)
+                        store_float(out, (i + k) * w.rows + row + r, type, found[r][k] + add);
+                }
             }
         }
     }
@@ -292,7 +324,7 @@ TARGET void linear(const Matrix& w, const void* data, int32_t type, int64_t m, c
 // --- decoding -----------------------------------------------------------------------------------------------
 
 // The group of each column from `start` on, for 16 of them.
-INLINE __m512 spread(const float* values, const Matrix& w, const int32_t* groups, int64_t column, bool whole) {
+INLINE __m512 spread(const float* values, const int32_t* groups, int64_t column, bool whole) {
     if (whole) return _mm512_set1_ps(values[groups[column]]);
     return _mm512_i32gather_ps(_mm512_loadu_si512(groups + column), values, 4);
 }
@@ -301,7 +333,9 @@ TARGET void dequantize(const Matrix& w, int32_t type, void* out) {
     const int64_t chunks = (w.columns + CHUNK - 1) / CHUNK;
     const bool whole = w.groups == 1 || w.group % 16 == 0;  // whether 16 columns always lie in one group
     std::vector<int32_t> groups(chunks * CHUNK, 0);
-    for (int64_t k = 0; k < w.columns; ++k) groups[k] = static_cast<int32_t>(w.groups == 1 ? 0 : k / w.group);
+    if (w.groups > 1)
+        for (int64_t g = 0, k = 0; k < w.columns; ++g)
+            for (int64_t end = k + w.group; k < end && k < w.columns; ++k) groups[k] = static_cast<int32_t>(g);
 #pragma omp parallel
     {
         const Cutter cutter = make_cutter(w.bits);
@@ -317,8 +351,8 @@ TARGET void dequantize(const Matrix& w, int32_t type, void* out) {
                     if (column >= w.columns) break;
                     const __mmask16 present = first_lanes(w.columns - column);
                     const __m512 value =
-                        _mm512_mul_ps(_mm512_sub_ps(quarter(codes, q), spread(zero, w, groups.data(), column, whole)),
-                                      spread(scale, w, groups.data(), column, whole));
+                        _mm512_mul_ps(_mm512_sub_ps(quarter(codes, q), spread(zero, groups.data(), column, whole)),
+                                      spread(scale, groups.data(), column, whole));
                     if (type == FLOAT_F32)
                         _mm512_mask_storeu_ps(static_cast<float*>(out) + at, present, value);
                     else
