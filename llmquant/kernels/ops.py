@@ -38,20 +38,19 @@ def embedding(indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
 def check_packed(weight: Packed) -> None:
     """Raises `RuntimeError` where the tensors of a packed matrix do not fit each other."""
     fmt = get_format(weight.format)
-    along = block_counts(weight.rows, weight.columns, weight.block)
-    torch._check(weight.qdata.dtype == torch.uint8, lambda: f"qdata must be uint8, not {weight.qdata.dtype}")
-    torch._check(
-        weight.qdata.shape[1:] == (fmt.row_bytes(weight.columns),),
-        lambda: f"qdata {tuple(weight.qdata.shape)} cannot hold rows of {weight.columns} {fmt.name} codes",
-    )
-    torch._check(
-        tuple(weight.scale.shape) == along,
-        lambda: f"scale {tuple(weight.scale.shape)} does not fit {along[0]} x {along[1]} blocks",
-    )
+    across, along = block_counts(weight.rows, weight.columns, weight.block)
+    _check_tensor("qdata", weight.qdata, (weight.rows, fmt.row_bytes(weight.columns)), torch.uint8, weight)
+    _check_tensor("scale", weight.scale, (across, along), weight.scale.dtype, weight)
     if weight.zero_point is not None:
-        torch._check(
-            tuple(weight.zero_point.shape) == (along[0], fmt.row_bytes(along[1])),
-            lambda: f"zero_point {tuple(weight.zero_point.shape)} does not fit {along[0]} x {along[1]} blocks",
+        _check_tensor("zero_point", weight.zero_point, (across, fmt.row_bytes(along)), torch.uint8, weight)
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, int], dtype: torch.dtype, weight: Packed) -> None:
+    # A plain comparison first: this runs before every product.
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise RuntimeError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)}; {weight.rows} x {weight.columns} weights of "
+            f"{weight.format} in blocks of {weight.block[0]} x {weight.block[1]} need {dtype} {shape}"
         )
 
 

@@ -174,7 +174,7 @@ class QuantizedTensor(torch.Tensor):
 
     def packed(self) -> Packed:
         """The logical [out, in] matrix for kernels; the tensor must have two dimensions."""
-        assert self.dim() == 2, "kernels take one matrix"
+        assert self.qdata.dim() == 2, "kernels take one matrix"  # qdata: no dispatch on the way to a kernel
         m = self.meta
         return Packed(self.qdata, self.scale, self.zero_point, m.format, m.block, m.columns)
 

@@ -43,7 +43,7 @@ def dispatch(*packets: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]
 @function(F.linear)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """input @ weight.T + bias for a quantized weight."""
-    if not isinstance(weight, QuantizedTensor) or isinstance(input, QuantizedTensor) or weight.dim() != 2:
+    if not isinstance(weight, QuantizedTensor) or isinstance(input, QuantizedTensor) or weight.qdata.dim() != 2:
         return unsupported("linear", input, weight)
     if weight.meta.transposed:
         out = ops.matmul(input, weight.packed())
