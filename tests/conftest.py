@@ -11,8 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from hypothesis import settings
+from models import folders
 
 torch.set_num_threads(1)
+__all__ = ["folders"]  # saved tiny models of many families, made once
+
 settings.register_profile("llmquant", deadline=None, derandomize=True, database=None)
 settings.load_profile("llmquant")
 

@@ -233,12 +233,3 @@ def to_bin(folder: Path, target: Path, count: int = 1) -> Path:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """Saved tiny models."""
     return Folders(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """One thread is enough for tiny models, and threads in each other's way are slow."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
