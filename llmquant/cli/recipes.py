@@ -21,7 +21,7 @@ def recipes(
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("recipe", "weights", "description"):
-        table.add_column(column, no_wrap=column == "recipe")
+        table.add_column(column, no_wrap=column == "recipe", overflow="fold")
     for found in list_recipes():
         weights = "\n".join(f"{key}: {config or 'none'}" for key, config in found.config.items())
         table.add_row(found.name, weights, found.description)
