@@ -124,9 +124,12 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     return out
 
 
-def dequantize(weight: Packed, dtype: torch.dtype) -> Tensor:
-    """The matrix in float32, float16 or bfloat16, [N, K]: bit for bit what the reference decodes, then rounded."""
-    out = torch.empty(weight.rows, weight.columns, dtype=dtype)
+def dequantize(weight: Packed, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The matrix in float32, float16 or bfloat16, [N, K]: bit for bit what the reference decodes, then rounded.
+
+    `out`, of that dtype and contiguous, may have more rows than are needed; the first N are returned.
+    """
+    out = torch.empty(weight.rows, weight.columns, dtype=dtype) if out is None else out[: weight.rows]
     loaded = library()
     assert loaded is not None
     matrix, _alive = _matrix(weight)
@@ -147,9 +150,12 @@ def _linear_by_panels(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     wide = x if x.dtype == dtype else x.to(dtype)
     out = x.new_empty(*x.shape[:-1], weight.rows)
-    for start, stop in weight.panels(_PANEL_ELEMENTS):
+    panels = weight.panels(_PANEL_ELEMENTS)
+    buffer = torch.empty(max((stop - start for start, stop in panels), default=0), weight.columns, dtype=dtype)
+    for start, stop in panels:
         part = None if bias is None else bias[start:stop].to(dtype)
-        out[..., start:stop] = torch.nn.functional.linear(wide, dequantize(weight.panel(start, stop), dtype), part)
+        values = dequantize(weight.panel(start, stop), dtype, buffer)
+        out[..., start:stop] = torch.nn.functional.linear(wide, values, part)
     return out
 
 

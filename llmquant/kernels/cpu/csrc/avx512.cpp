@@ -329,7 +329,49 @@ INLINE __m512 spread(const float* values, const int32_t* groups, int64_t column,
     return _mm512_i32gather_ps(_mm512_loadu_si512(groups + column), values, 4);
 }
 
+// The values of the 32 codes below 2^5 under one scale and zero, rounded to bfloat16.
+INLINE __m512i bfloat_table(float scale, float zero) {
+    const __m512 low = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 s = _mm512_set1_ps(scale), z = _mm512_set1_ps(zero), high = _mm512_add_ps(low, _mm512_set1_ps(16.f));
+    const __m256i first = to_bfloat(_mm512_mul_ps(_mm512_sub_ps(low, z), s));
+    const __m256i second = to_bfloat(_mm512_mul_ps(_mm512_sub_ps(high, z), s));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+}
+
+// Rows of up to five bits as bfloat16, where a scale spans 32 columns or more: each group's values are rounded once,
+// and `vpermw` looks the codes up.
+TARGET void dequantize_by_table(const Matrix& w, uint16_t* out) {
+    const int64_t chunks = (w.columns + CHUNK - 1) / CHUNK, halves_a_group = w.groups == 1 ? 2 * chunks : w.group / 32;
+#pragma omp parallel
+    {
+        const Cutter cutter = make_cutter(w.bits);
+        Row parameters(w);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < w.rows; ++row) {
+            load_row(w, row, cutter, parameters.scale.data(), parameters.zero.data());
+            __m512i table = _mm512_setzero_si512();
+            for (int64_t c = 0, group = -1, left = 0; c < chunks; ++c) {
+                const __m512i codes = codes_of(w.qdata + row * w.row_bytes, w.row_bytes, c, cutter);
+                for (int half = 0; half < 2 && c * CHUNK + 32 * half < w.columns; ++half, --left) {
+                    if (left == 0) {
+                        ++group;
+                        table = bfloat_table(parameters.scale[group], parameters.zero[group]);
+                        left = halves_a_group;
+                    }
+                    const int64_t column = c * CHUNK + 32 * half, rest = w.columns - column;
+                    const __mmask32 present = rest >= 32 ? ~0u : (1u << rest) - 1;
+                    const __m256i part = half ? _mm512_extracti64x4_epi64(codes, 1) : _mm512_castsi512_si256(codes);
+                    const __m512i values = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(part), table);
+                    _mm512_mask_storeu_epi16(out + row * w.columns + column, present, values);
+                }
+            }
+        }
+    }
+}
+
 TARGET void dequantize(const Matrix& w, int32_t type, void* out) {
+    if (type == FLOAT_BF16 && w.bits <= 5 && (w.groups == 1 || w.group % 32 == 0))
+        return dequantize_by_table(w, static_cast<uint16_t*>(out));
     const int64_t chunks = (w.columns + CHUNK - 1) / CHUNK;
     const bool whole = w.groups == 1 || w.group % 16 == 0;  // whether 16 columns always lie in one group
     std::vector<int32_t> groups(chunks * CHUNK, 0);
