@@ -277,7 +277,7 @@ def _allocate(logical: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
         "qdata": torch.empty(*experts, rows, row_bytes(columns), dtype=torch.uint8, device=device),
         "scale": torch.empty(*experts, across, along, dtype=spec.scale_dtype, device=device),
     }
-    if spec.mapping.value == "asymmetric":
+    if spec.asymmetric:
         tensors["zero_point"] = torch.empty(*experts, across, row_bytes(along), dtype=torch.uint8, device=device)
     return tensors
 

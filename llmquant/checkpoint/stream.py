@@ -87,7 +87,7 @@ def _entry(candidate: Candidate, config: WeightOnlyConfig) -> dict[str, Any]:
     rows, columns = candidate.shape[:-3:-1] if candidate.transposed else candidate.shape[-2:]
     spec = config.spec(rows, columns)
     meta = Meta(spec.format.name, spec.block, columns, candidate.transposed)
-    return entry(meta, candidate.shape, spec.scale_dtype, spec.mapping.value == "asymmetric")
+    return entry(meta, candidate.shape, spec.scale_dtype, spec.asymmetric)
 
 
 def _output_bytes(source: Source, entries: dict[str, Any]) -> int:

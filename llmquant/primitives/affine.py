@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from llmquant.formats import Format
-from llmquant.primitives.granularity import MappingType
 from llmquant.primitives.spec import QParams, QuantSpec
 
 
 def choose_qparams(x: Tensor, importance: Tensor, spec: QuantSpec) -> QParams:
     """The plain rule: min/max for asymmetric codes, full range for symmetric ones, mean magnitude for one bit."""
-    if spec.mapping is MappingType.ASYMMETRIC:
+    if spec.asymmetric:
         return _min_max(x, spec)
     if spec.format.bits == 1:
         # max() only meets blocks of pure padding, which do not exist on disk.

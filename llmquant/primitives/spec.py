@@ -43,6 +43,11 @@ class QuantSpec:
     mapping: MappingType
     scale_dtype: torch.dtype
 
+    @property
+    def asymmetric(self) -> bool:
+        """Whether blocks have zero points."""
+        return self.mapping is MappingType.ASYMMETRIC
+
 
 class Numerics(Protocol):
     """The functions of a format's numerics module. All arithmetic is in float32."""
