@@ -4,12 +4,16 @@ They are plain C++ behind a C ABI, loaded with ctypes: no torch is needed to bui
 installation succeeds all the same, and the aten reference serves.
 """
 
+from glob import glob
+
 from setuptools import Extension, setup
+
+CSRC = "llmquant/kernels/cpu/csrc"
 
 NATIVE = Extension(
     "llmquant.kernels.cpu.native",
-    sources=["llmquant/kernels/cpu/csrc/avx512.cpp"],
-    depends=["llmquant/kernels/cpu/csrc/matrix.h"],
+    sources=sorted(glob(f"{CSRC}/*.cpp")),
+    depends=sorted(glob(f"{CSRC}/*.h")),
     # OpenMP is compiled in but not linked: its symbols bind to the runtime that torch has loaded, so that both share
     # one pool of threads.
     extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-Wno-maybe-uninitialized", "-Wno-uninitialized"],

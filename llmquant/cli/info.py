@@ -42,8 +42,8 @@ def collect() -> dict[str, dict[str, Any]]:
         "version": versions(),
         "machine": {**machine(), "features": ", ".join(_cpu_features()) or "none known"},
         "kernels": {
-            "native library": cpu.missing()
-            or "loaded; serves int1 to int8 in groups that are a multiple of 4, and per row",
+            "native library": cpu.missing() or "loaded",
+            **{name: backend.missing or "can run here" for name, backend in cpu.BACKENDS.items()},
             "formats": ", ".join(FORMATS),
         },
         "missing": {name: use for name, use in _EXTRAS.items() if importlib.util.find_spec(name) is None},

@@ -12,8 +12,17 @@ from llmquant.primitives.blocks import block_counts, from_blocks, to_blocks
 from llmquant.primitives.spec import QParams
 
 
-class Packed(NamedTuple):
-    """A logical [N, K] matrix in the neutral layout.
+class _Fields(NamedTuple):
+    qdata: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    format: str
+    block: tuple[int, int]
+    columns: int
+
+
+class Packed(_Fields):
+    """A logical [N, K] matrix in the neutral layout. Backends keep in it what they work out once.
 
     qdata: uint8 [N, ceil(K * bits / 8)].
     scale: [ceil(N / block rows), ceil(K / block columns)].
@@ -22,13 +31,6 @@ class Packed(NamedTuple):
     block: rows and columns that share a scale.
     columns: K.
     """
-
-    qdata: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-    format: str
-    block: tuple[int, int]
-    columns: int
 
     @property
     def rows(self) -> int:

@@ -5,15 +5,38 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
 
 from llmquant.errors import ConfigError
 from llmquant.kernels import cpu, reference
 from llmquant.kernels.packed import Packed
 
-BACKENDS: dict[str, ModuleType] = {"avx512": cpu, "reference": reference}
-"""Name -> module with `linear`, `matmul` and `refusal`; the first that does not refuse a weight serves it."""
+
+
+class Backend(Protocol):
+    """What serves the operators of `kernels.ops`; all tensors were checked before."""
+
+    def refusal(self, format_name: str, block: tuple[int, int], columns: int, device: str) -> str | None:
+        """Why it cannot serve such a weight, or None."""
+
+    def linear(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+        """x [..., K] -> [..., N] in x's dtype."""
+
+    def linear_int8(self, x: Tensor, weight: Packed, group: int, asymmetric: bool, bias: Tensor | None) -> Tensor:
+        """The same with activations as int8 codes, a scale for every `group` columns of a token (0: for all)."""
+
+    def matmul(self, x: Tensor, weight: Packed) -> Tensor:
+        """x [..., N] -> x @ weight, [..., K] in x's dtype."""
+
+    def embedding(self, indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
+        """indices [...] -> rows, [..., K] in `dtype`. Raises IndexError."""
+
+
+BACKENDS: dict[str, Backend] = {**cpu.BACKENDS, "reference": reference}
+"""The first that does not refuse a weight serves it."""
 
 _forced: str | None = None
 
@@ -37,8 +60,8 @@ def choose(format_name: str, block: tuple[int, int], columns: int, device: str) 
     raise AssertionError("the reference serves everything")
 
 
-def backend(weight: Packed) -> ModuleType:
-    """The module that serves a weight now: the chosen one, or the forced one where it can."""
+def backend(weight: Packed) -> Backend:
+    """The backend that serves a weight now: the chosen one, or the forced one where it can."""
     block = (weight.block[0], weight.block[1])
     name = choose(weight.format, block, weight.columns, weight.qdata.device.type).kernel
     if _forced is not None:

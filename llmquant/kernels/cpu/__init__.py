@@ -1,183 +1,242 @@
-"""The native kernels for AVX-512 processors, loaded with ctypes when first asked for."""
+"""The native kernels for CPUs, one backend for each kind of processor that the library knows."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from llmquant.errors import ConfigError
 from llmquant.formats import get_format
+from llmquant.kernels.cpu import library
 from llmquant.kernels.packed import Packed
+from llmquant.primitives.blocks import block_counts
+from llmquant.primitives.spec import QParams
 
-# Beyond so many inputs a panel of the matrix is decoded and torch's own matrix product runs on it.
-_MOST_INPUTS = 8
 _PANEL_ELEMENTS = 2**20
 
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+class Traits(NamedTuple):
+    """What a set of kernels needs and can do.
+
+    needs: the processor's features, in words.
+    step: groups of columns must be a multiple of it (None: any group will do).
+    tables: whether float8 codes are fast.
+    most_inputs: beyond so many inputs of a weight-only product, by dtype, rows are decoded in panels and torch's own
+        product runs on them; absent: never.
+    """
+
+    needs: str
+    step: int | None
+    tables: bool
+    most_inputs: dict[torch.dtype, int]
 
 
-class _Matrix(ctypes.Structure):
-    """`struct Matrix` of csrc/matrix.h."""
-
-    _fields_ = (
-        ("qdata", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("zero_point", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("row_bytes", ctypes.c_int64),
-        ("zero_bytes", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-        ("bits", ctypes.c_int32),
-        ("scale_type", ctypes.c_int32),
-        ("midpoint", ctypes.c_float),
-    )
-
-
-_MATRIX = ctypes.POINTER(_Matrix)
-_SIGNATURES = {
-    "llmquant_supported": (ctypes.c_int32, ()),
-    "llmquant_linear": (
-        None,
-        (
-            _MATRIX,
-            ctypes.c_void_p,
-            ctypes.c_int32,
-            ctypes.c_int64,
-            ctypes.c_void_p,
-            ctypes.c_int32,
-            ctypes.c_void_p,
-        ),
-    ),
-    "llmquant_dequantize": (None, (_MATRIX, ctypes.c_int32, ctypes.c_void_p)),
+_FEW = {torch.float32: 8, torch.float16: 8, torch.bfloat16: 8}
+TRAITS: dict[str, Traits] = {
+    "amx": Traits("AMX (bfloat16 tiles)", 4, True, {torch.float32: 8, torch.float16: 8}),
+    "avx512_vnni": Traits("AVX-512 with VNNI and VBMI", 4, True, _FEW),
+    "avx512": Traits("AVX-512 F, BW, VL and DQ", None, False, _FEW),
+    "avx2": Traits("AVX2 and FMA", None, False, _FEW),
+    "portable": Traits("any processor", None, False, _FEW),
 }
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The native library, or None where it was not built or cannot be loaded."""
-    for path in Path(__file__).parent.glob("native*.so"):
-        try:
-            loaded = ctypes.CDLL(str(path))
-        except OSError:
-            continue
-        for name, (result, arguments) in _SIGNATURES.items():
-            getattr(loaded, name).restype = result
-            getattr(loaded, name).argtypes = arguments
-        return loaded
-    return None
+class Native:
+    """One set of kernels, under its name in the library."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.traits = TRAITS[name]
+
+    @functools.cached_property
+    def index(self) -> int:
+        """Its number in the library."""
+        return library.kernels()[self.name][0]
+
+    @functools.cached_property
+    def missing(self) -> str | None:
+        """Why it cannot run in this process, or None."""
+        if library.load() is None:
+            return "the native library was not built (no C++ compiler when llmquant was installed?)"
+        if not library.kernels().get(self.name, (0, False))[1]:
+            return f"this processor lacks {self.traits.needs}"
+        return None
+
+    def refusal(self, format_name: str, block: tuple[int, int], columns: int, device: str) -> str | None:
+        """Why it cannot serve such a weight (or would be slow at it), or None."""
+        if device != "cpu":
+            return f"the weight lies on {device}"
+        if self.missing:
+            return self.missing
+        fmt = get_format(format_name)
+        if fmt.storage not in ("affine", "scaled"):
+            return f"there is no native kernel for {format_name}"
+        step = self.traits.step
+        if fmt.storage == "scaled" and step:
+            if fmt.bits != 8:
+                return f"it has no fast way to decode {format_name}"
+            step = 16
+        if step and block[1] % step and block[1] < columns:
+            return f"group {block[1]} is not a multiple of {step}"
+        return None
+
+    def linear(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+        """x [..., K] -> x @ weight.T + bias, [..., N] in x's dtype.
+
+        float32 and float16 inputs meet the weights that the reference decodes, and so do few bfloat16 ones; many meet
+        weights rounded to bfloat16.
+        """
+        count = x.numel() // max(weight.columns, 1)
+        most = self.traits.most_inputs.get(x.dtype)
+        if x.dtype not in library.FLOAT_TYPES or (most is not None and count > most):
+            return self._linear_by_panels(x, weight, bias)
+        return self._linear(x, weight, bias, 0, weight.columns)
+
+    def _linear(self, x: Tensor, weight: Packed, bias: Tensor | None, activation: int, group: int) -> Tensor:
+        types = library.FLOAT_TYPES
+        if not x.is_contiguous():
+            x = x.contiguous()
+        rows = weight.rows
+        out = x.new_empty((*x.shape[:-1], rows))
+        if bias is None:
+            bias_at, bias_type = None, 0
+        else:
+            bias = (bias if bias.dtype in types else bias.float()).contiguous()
+            bias_at, bias_type = bias.data_ptr(), types[bias.dtype]
+        loaded = library.load()
+        assert loaded is not None
+        loaded.llmquant_linear(
+            self.index,
+            matrix_of(weight).address,
+            x.data_ptr(),
+            types[x.dtype],
+            x.numel() // max(weight.columns, 1),
+            bias_at,
+            bias_type,
+            activation,
+            group,
+            out.data_ptr(),
+        )
+        return out
+
+    def linear_int8(self, x: Tensor, weight: Packed, group: int, asymmetric: bool, bias: Tensor | None) -> Tensor:
+        """The same with activations as int8 codes, a scale for every `group` columns of a token (0: for all)."""
+        return self._linear(x, weight, bias, 2 if asymmetric else 1, group or weight.columns)
+
+    def embedding(self, indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
+        """indices [...] int -> rows of the table, [..., K] in `dtype`."""
+        flat = indices.reshape(-1).to(torch.int64).contiguous()
+        out = torch.empty(*indices.shape, weight.columns, dtype=dtype)
+        bad = self._rows(weight, flat, flat.numel(), out)
+        if bad >= 0:
+            raise IndexError(f"index {int(flat[bad])} is out of range for a table of {weight.rows} rows")
+        return out
+
+    def dequantize(self, weight: Packed, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The matrix in float32, float16 or bfloat16, [N, K]: bit for bit what the reference decodes, then rounded.
+
+        `out`, of that dtype and contiguous, may have more rows than are needed; the first N are returned.
+        """
+        out = torch.empty(weight.rows, weight.columns, dtype=dtype) if out is None else out[: weight.rows]
+        self._rows(weight, None, weight.rows, out)
+        return out
+
+    def _rows(self, weight: Packed, indices: Tensor | None, count: int, out: Tensor) -> int:
+        loaded = library.load()
+        assert loaded is not None
+        at = None if indices is None else indices.data_ptr()
+        kind = library.FLOAT_TYPES[out.dtype]
+        return int(
+            loaded.llmquant_rows(self.index, matrix_of(weight).address, at, count, kind, out.data_ptr())
+        )
+
+    def matmul(self, x: Tensor, weight: Packed) -> Tensor:
+        """x [..., N] -> x @ weight, [..., K] in x's dtype; sums in float32."""
+        out = torch.zeros(*x.shape[:-1], weight.columns, dtype=torch.float32)
+        for start, stop in weight.panels(_PANEL_ELEMENTS):
+            out += x[..., start:stop].float() @ self.dequantize(weight.panel(start, stop), torch.float32)
+        return out.to(x.dtype)
+
+    def _linear_by_panels(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+        """Decodes some rows at a time, so that they are still in the cache when torch multiplies by them."""
+        dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        wide = x if x.dtype == dtype else x.to(dtype)
+        out = x.new_empty(*x.shape[:-1], weight.rows)
+        panels = weight.panels(_PANEL_ELEMENTS)
+        buffer = torch.empty(max((stop - start for start, stop in panels), default=0), weight.columns, dtype=dtype)
+        for start, stop in panels:
+            part = None if bias is None else bias[start:stop].to(dtype)
+            values = self.dequantize(weight.panel(start, stop), dtype, buffer)
+            out[..., start:stop] = F.linear(wide, values, part)
+        return out
+
+
+class NativeMatrix:
+    """The C view of a packed matrix, with the tensors that must live as long as it is used."""
+
+    def __init__(self, weight: Packed) -> None:
+        fmt = get_format(weight.format)
+        scale = weight.scale if weight.scale.dtype in library.FLOAT_TYPES else weight.scale.float()
+        qdata, scale = weight.qdata.contiguous(), scale.contiguous()
+        zero_point = None if weight.zero_point is None else weight.zero_point.contiguous()
+        table = _table(weight.format) if fmt.storage == "scaled" else None
+        across, along = block_counts(weight.rows, weight.columns, weight.block)
+        assert across in (weight.rows, 1), "blocks span one row or the whole matrix"
+        shared = across != weight.rows
+        self.tensors = (qdata, scale, zero_point, table)
+        self.matrix = library.Matrix(
+            *(None if t is None else t.data_ptr() for t in self.tensors),
+            weight.rows,
+            weight.columns,
+            qdata.shape[1],
+            along,
+            weight.block[1],
+            0 if shared else along,
+            0 if shared or zero_point is None else zero_point.shape[1],
+            fmt.bits,
+            library.FLOAT_TYPES[scale.dtype],
+            fmt.midpoint,
+        )
+        self.address = ctypes.addressof(self.matrix)
+
+
+def matrix_of(weight: Packed) -> NativeMatrix:
+    """The C view of a matrix, made once for each `Packed`."""
+    found = weight.__dict__.get("native")
+    if found is None:
+        found = weight.__dict__["native"] = NativeMatrix(weight)
+    return found
 
 
 @functools.cache
+def _table(format_name: str) -> Tensor:
+    """The values of all codes of a format under a scale of 1, float32 [2^bits]."""
+    fmt = get_format(format_name)
+    codes = torch.arange(fmt.top_code + 1, dtype=torch.uint8).reshape(1, 1, -1)
+    ones = torch.ones(1, 1)
+    return fmt.numerics.decode(codes, QParams(ones), fmt).reshape(-1).float().contiguous()
+
+
 def missing() -> str | None:
-    """Why the kernels cannot run in this process, or None."""
-    loaded = library()
+    """Why no native kernel can run in this process, or None."""
+    return BACKENDS["portable"].missing
+
+
+def read_bytes(data: Tensor) -> int:
+    """Reads a contiguous tensor with all threads and prefetching, as the kernels read weights; its words' parity.
+
+    Raises:
+        ConfigError: where the native library is missing.
+    """
+    loaded = library.load()
     if loaded is None:
-        return "the native library was not built (no C++ compiler when llmquant was installed?)"
-    if not loaded.llmquant_supported():
-        return "this processor lacks AVX-512 VBMI or BF16"
-    return None
+        raise ConfigError(f"cannot read with prefetching: {missing()}")
+    return int(loaded.llmquant_read(data.data_ptr(), data.numel() * data.element_size() // 8))
 
 
-def refusal(format_name: str, block: tuple[int, int], columns: int, device: str) -> str | None:
-    """Why the kernels cannot serve such a weight, or None."""
-    if device != "cpu":
-        return f"the weight lies on {device}"
-    if get_format(format_name).storage != "affine":
-        return f"there is no native kernel for {format_name}"
-    if block[0] != 1:
-        return "one scale spans several rows"
-    if block[1] % 4 and block[1] < columns:
-        return f"group {block[1]} is not a multiple of 4"
-    return missing()
-
-
-def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
-    """x [..., K] -> x @ weight.T + bias, [..., N] in x's dtype.
-
-    float32 and float16 inputs meet the weights that the reference decodes; bfloat16 ones meet exact codes up to
-    `_MOST_INPUTS` rows, and beyond that weights rounded to bfloat16.
-    """
-    x = x.contiguous()
-    count = x.numel() // max(weight.columns, 1)
-    if x.dtype not in _TYPES or count > _MOST_INPUTS:
-        return _linear_by_panels(x, weight, bias)
-    out = x.new_empty(*x.shape[:-1], weight.rows)
-    bias = bias if bias is None or bias.dtype in _TYPES else bias.float()
-    bias = None if bias is None else bias.contiguous()
-    loaded = library()
-    assert loaded is not None
-    matrix, _alive = _matrix(weight)
-    loaded.llmquant_linear(
-        matrix,
-        x.data_ptr(),
-        _TYPES[x.dtype],
-        count,
-        None if bias is None else bias.data_ptr(),
-        0 if bias is None else _TYPES[bias.dtype],
-        out.data_ptr(),
-    )
-    return out
-
-
-def dequantize(weight: Packed, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """The matrix in float32, float16 or bfloat16, [N, K]: bit for bit what the reference decodes, then rounded.
-
-    `out`, of that dtype and contiguous, may have more rows than are needed; the first N are returned.
-    """
-    out = torch.empty(weight.rows, weight.columns, dtype=dtype) if out is None else out[: weight.rows]
-    loaded = library()
-    assert loaded is not None
-    matrix, _alive = _matrix(weight)
-    loaded.llmquant_dequantize(matrix, _TYPES[dtype], out.data_ptr())
-    return out
-
-
-def matmul(x: Tensor, weight: Packed) -> Tensor:
-    """x [..., N] -> x @ weight, [..., K] in x's dtype; sums in float32."""
-    out = torch.zeros(*x.shape[:-1], weight.columns, dtype=torch.float32)
-    for start, stop in weight.panels(_PANEL_ELEMENTS):
-        out += x[..., start:stop].float() @ dequantize(weight.panel(start, stop), torch.float32)
-    return out.to(x.dtype)
-
-
-def _linear_by_panels(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
-    """Decodes some rows at a time, so that they are still in the cache when torch multiplies by them."""
-    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    wide = x if x.dtype == dtype else x.to(dtype)
-    out = x.new_empty(*x.shape[:-1], weight.rows)
-    panels = weight.panels(_PANEL_ELEMENTS)
-    buffer = torch.empty(max((stop - start for start, stop in panels), default=0), weight.columns, dtype=dtype)
-    for start, stop in panels:
-        part = None if bias is None else bias[start:stop].to(dtype)
-        values = dequantize(weight.panel(start, stop), dtype, buffer)
-        out[..., start:stop] = torch.nn.functional.linear(wide, values, part)
-    return out
-
-
-def _matrix(weight: Packed) -> tuple[ctypes.Array[_Matrix] | object, tuple[Tensor | None, ...]]:
-    """The C view of a matrix, and the tensors that must live as long as it is used."""
-    fmt = get_format(weight.format)
-    scale = weight.scale if weight.scale.dtype in _TYPES else weight.scale.float()
-    tensors = tuple(None if t is None else t.contiguous() for t in (weight.qdata, scale, weight.zero_point))
-    qdata, scale, zero_point = tensors  # type: ignore[assignment]
-    assert qdata is not None and scale is not None
-    matrix = _Matrix(
-        qdata.data_ptr(),
-        scale.data_ptr(),
-        None if zero_point is None else zero_point.data_ptr(),
-        weight.rows,
-        weight.columns,
-        qdata.shape[1],
-        0 if zero_point is None else zero_point.shape[1],
-        scale.shape[1],
-        weight.block[1],
-        fmt.bits,
-        _TYPES[scale.dtype],
-        fmt.midpoint,
-    )
-    return ctypes.byref(matrix), tensors
+BACKENDS: dict[str, Native] = {name: Native(name) for name in TRAITS}

@@ -1,18 +1,44 @@
-// A packed matrix in the neutral layout, as the kernels see it. Mirrors `_Matrix` in ../__init__.py.
+// What the kernels are given. Mirrors `_Matrix` and `_Inputs` in ../library.py.
 #pragma once
 #include <cstdint>
 
-enum ScaleType : int32_t { SCALE_F32 = 0, SCALE_F16 = 1, SCALE_BF16 = 2 };
 enum FloatType : int32_t { FLOAT_F32 = 0, FLOAT_F16 = 1, FLOAT_BF16 = 2 };
 
+// A packed matrix in the neutral layout. The number of a code is table[code] where there is a table, else
+// code - zero point; times the scale of its group.
 struct Matrix {
     const uint8_t* qdata;       // [rows, row_bytes], codes as a little-endian bit stream
-    const void* scale;          // [rows, groups] (one row of scales a row of codes)
-    const uint8_t* zero_point;  // [rows, zero_bytes], packed like codes, or null
+    const void* scale;          // [rows or 1, groups]
+    const uint8_t* zero_point;  // [rows or 1, bytes of groups], packed like codes, or null
+    const float* table;         // [2^bits] values of the codes under scale 1, or null
     int64_t rows, columns;
-    int64_t row_bytes, zero_bytes;
-    int64_t groups, group;      // columns that share a scale
+    int64_t row_bytes;
+    int64_t groups, group;  // a row's scales, and the columns that share one
+    int64_t scale_step;     // from one row's scales to the next: `groups`, or 0 where all rows share them
+    int64_t zero_step;      // the same in bytes of zero points
     int32_t bits;
     int32_t scale_type;
-    float midpoint;             // the code that means zero where there are no zero points
+    float midpoint;  // the code that means zero where there are neither zero points nor a table
+};
+
+// How activations meet the weights: as they are, or as int8 codes with a scale a group of columns.
+enum Activation : int32_t { PLAIN = 0, SYMMETRIC = 1, ASYMMETRIC = 2 };
+
+struct Inputs {
+    const void* x;     // [count, columns] of `type`
+    const void* bias;  // [rows] of `bias_type`, or null
+    void* out;         // [count, rows] of `type`
+    int64_t count;
+    int64_t group;  // columns that share an activation scale (all of them: `columns`)
+    int32_t type, bias_type;
+    int32_t activation;
+};
+
+// One set of kernels. Every function may use all of torch's threads; no result depends on their number.
+struct Kernels {
+    const char* name;
+    bool (*present)();  // whether this processor has what they need
+    void (*linear)(const Matrix&, const Inputs&);
+    // Rows of the matrix as floats of `type`: row `indices[i]`, or row i where `indices` is null.
+    void (*rows)(const Matrix&, const int64_t* indices, int64_t count, int32_t type, void* out);
 };

@@ -1,0 +1,28 @@
+// Memory that a thread keeps from call to call, so that small products do not pay for allocation.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+
+namespace {
+
+// Hands out pieces, each on a cache line. `slot` tells apart buffers that live at the same time in one thread.
+template <typename T>
+T* scratch(int slot, int64_t count) {
+    struct Buffer {
+        void* data = nullptr;
+        int64_t size = 0;
+        ~Buffer() { std::free(data); }
+    };
+    static thread_local Buffer buffers[8];
+    Buffer& buffer = buffers[slot];
+    const int64_t need = (count * static_cast<int64_t>(sizeof(T)) + 4095) / 4096 * 4096;
+    if (need > buffer.size) {
+        std::free(buffer.data);
+        buffer.data = std::aligned_alloc(4096, need);
+        if (!buffer.data) std::abort();
+        buffer.size = need;
+    }
+    return static_cast<T*>(buffer.data);
+}
+
+}  // namespace

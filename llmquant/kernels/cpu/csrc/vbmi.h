@@ -1,0 +1,143 @@
+// Reading packed rows with AVX-512 VBMI: codes, scales, zeros and numbers, shared by the vector and the tile kernels.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "floats.h"
+#include "matrix.h"
+#include "scratch.h"
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,f16c,fma")))
+#define INLINE TARGET static inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int CHUNK = 64;  // codes that are cut at a time
+
+// How to turn the bytes of one chunk into 64 codes.
+struct Cutter {
+    __m512i bytes, shifts, mask;
+    int bits, chunk_bytes;
+};
+
+INLINE Cutter make_cutter(int bits) {
+    alignas(64) uint8_t bytes[64], shifts[64];
+    for (int lane = 0; lane < 8; ++lane)
+        for (int i = 0; i < 8; ++i) {
+            bytes[8 * lane + i] = static_cast<uint8_t>(i < bits ? lane * bits + i : 63);
+            shifts[8 * lane + i] = static_cast<uint8_t>(i * bits);
+        }
+    return {_mm512_load_si512(bytes), _mm512_load_si512(shifts), _mm512_set1_epi8(static_cast<char>((1 << bits) - 1)),
+            bits, 8 * bits};
+}
+
+// How many bytes of chunk `c` lie in the row, as a mask; those behind its end are never read.
+INLINE __mmask64 present_bytes(int64_t row_bytes, int64_t c, int chunk_bytes) {
+    const int64_t left = row_bytes - c * chunk_bytes;
+    const int64_t count = left < chunk_bytes ? left : chunk_bytes;
+    return count >= 64 ? ~0ull : (1ull << (count > 0 ? count : 0)) - 1;
+}
+
+INLINE __mmask16 first_lanes(int64_t count) {
+    return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count > 0 ? count : 0)) - 1);
+}
+
+// 64 codes, one a byte, from the packed bytes of a chunk.
+INLINE __m512i cut_codes(__m512i packed, const Cutter& cut) {
+    if (cut.bits == 8) return packed;
+    const __m512i lanes = _mm512_permutexvar_epi8(cut.bytes, packed);
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(cut.shifts, lanes), cut.mask);
+}
+
+INLINE __m512i codes_of(const uint8_t* row, int64_t row_bytes, int64_t c, const Cutter& cut) {
+    const __mmask64 present = present_bytes(row_bytes, c, cut.chunk_bytes);
+    return cut_codes(_mm512_maskz_loadu_epi8(present, row + c * cut.chunk_bytes), cut);
+}
+
+// 16 floats of `type` from `data[i]` on; those that `present` leaves out are 0 and are not read.
+INLINE __m512 load_floats(const void* data, int64_t i, int32_t type, __mmask16 present) {
+    if (type == FLOAT_F32) return _mm512_maskz_loadu_ps(present, static_cast<const float*>(data) + i);
+    const __m256i half = _mm256_maskz_loadu_epi16(present, static_cast<const uint16_t*>(data) + i);
+    if (type == FLOAT_F16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+// 16 floats as bfloat16, rounded to nearest even.
+INLINE __m256i to_bfloat(__m512 value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
+}
+
+INLINE void store_floats(void* data, int64_t i, int32_t type, __mmask16 present, __m512 value) {
+    if (type == FLOAT_F32)
+        _mm512_mask_storeu_ps(static_cast<float*>(data) + i, present, value);
+    else
+        _mm256_mask_storeu_epi16(
+            static_cast<uint16_t*>(data) + i, present,
+            type == FLOAT_F16 ? _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT) : to_bfloat(value));
+}
+
+// The 16 codes of quarter `q` of 64, as 32-bit integers.
+INLINE __m512i quarter(__m512i codes, int q) {
+    alignas(64) static const int32_t lanes[4][4] = {{0, 1, 2, 3}, {4, 5, 6, 7}, {8, 9, 10, 11}, {12, 13, 14, 15}};
+    const __m512i index = _mm512_castsi128_si512(_mm_load_si128(reinterpret_cast<const __m128i*>(lanes[q])));
+    return _mm512_cvtepu8_epi32(_mm512_castsi512_si128(_mm512_permutexvar_epi32(index, codes)));
+}
+
+// The scales and zeros of a row's groups as float32; both have room for 80 entries more.
+INLINE void read_groups(const Matrix& w, int64_t row, const Cutter& cut, float* scale, float* zero) {
+    for (int64_t g = 0; g < w.groups; g += 16)
+        _mm512_storeu_ps(scale + g, load_floats(w.scale, row * w.scale_step + g, w.scale_type, first_lanes(w.groups - g)));
+    if (!w.zero_point) return;
+    for (int64_t c = 0; c * CHUNK < w.groups; ++c) {
+        const __m512i codes = codes_of(w.zero_point + row * w.zero_step, (w.groups * w.bits + 7) / 8, c, cut);
+        for (int q = 0; q < 4; ++q)
+            _mm512_storeu_ps(zero + c * CHUNK + 16 * q, _mm512_cvtepi32_ps(quarter(codes, q)));
+    }
+}
+
+// Scales and zeros of the row at hand, in memory that the thread keeps.
+struct Groups {
+    float *scale, *zero;
+};
+
+INLINE Groups make_groups(const Matrix& w, int slot) {
+    const int64_t room = w.groups + 80;
+    float* data = scratch<float>(slot, 2 * room);
+    for (int64_t g = 0; g < room; ++g) data[g] = 0.f, data[room + g] = w.midpoint;
+    return {data, data + room};
+}
+
+// Tables of 256 numbers that bfloat16 holds exactly and whose upper half is the lower one with the sign turned: every
+// float8 format. `high` and `low` are the bytes of the first 128.
+struct ByteTable {
+    __m512i high[2], low[2];
+};
+
+INLINE bool make_byte_table(const float* table, ByteTable* found) {
+    alignas(64) uint8_t high[128], low[128];
+    for (int i = 0; i < 128; ++i) {
+        const uint32_t bits = bits_of(table[i]), negative = bits_of(table[i + 128]);
+        const bool nan = table[i] != table[i] && table[i + 128] != table[i + 128];
+        if (!nan && ((bits & 0xffff) || bits >> 31 || (bits ^ negative) != 0x80000000)) return false;
+        high[i] = nan ? 0x7f : static_cast<uint8_t>(bits >> 24);
+        low[i] = nan ? 0xc0 : static_cast<uint8_t>(bits >> 16);
+    }
+    *found = {{_mm512_load_si512(high), _mm512_load_si512(high + 64)}, {_mm512_load_si512(low), _mm512_load_si512(low + 64)}};
+    return true;
+}
+
+// The numbers of 64 codes as bfloat16: `first` holds columns 16 i + 0..7, `second` columns 16 i + 8..15 (i = 0..3).
+INLINE void look_up_bytes(__m512i codes, const ByteTable& table, __m512i* first, __m512i* second) {
+    const __m512i sign = _mm512_and_si512(codes, _mm512_set1_epi8(-128));
+    const __m512i high = _mm512_or_si512(sign, _mm512_permutex2var_epi8(table.high[0], codes, table.high[1]));
+    const __m512i low = _mm512_permutex2var_epi8(table.low[0], codes, table.low[1]);
+    *first = _mm512_unpacklo_epi8(low, high);
+    *second = _mm512_unpackhi_epi8(low, high);
+}
+
+}  // namespace

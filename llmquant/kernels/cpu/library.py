@@ -1,0 +1,72 @@
+"""The native library: loaded with ctypes when first asked for, its C signatures in one table."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
+from pathlib import Path
+
+import torch
+
+FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class Matrix(ctypes.Structure):
+    """`struct Matrix` of csrc/matrix.h."""
+
+    _fields_ = (
+        ("qdata", c_void_p),
+        ("scale", c_void_p),
+        ("zero_point", c_void_p),
+        ("table", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("row_bytes", c_int64),
+        ("groups", c_int64),
+        ("group", c_int64),
+        ("scale_step", c_int64),
+        ("zero_step", c_int64),
+        ("bits", c_int32),
+        ("scale_type", c_int32),
+        ("midpoint", c_float),
+    )
+
+
+_SIGNATURES = {
+    "llmquant_kernels": (c_char_p, (c_int32, POINTER(c_int32))),
+    "llmquant_linear": (
+        None,
+        (c_int32, c_void_p, c_void_p, c_int32, c_int64, c_void_p, c_int32, c_int32, c_int64, c_void_p),
+    ),
+    "llmquant_rows": (c_int64, (c_int32, c_void_p, c_void_p, c_int64, c_int32, c_void_p)),
+    "llmquant_read": (c_uint64, (c_void_p, c_int64)),
+}
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """The native library, or None where it was not built or cannot be loaded."""
+    for path in Path(__file__).parent.glob("native*.so"):
+        try:
+            loaded = ctypes.CDLL(str(path))
+        except OSError:
+            continue
+        for name, (result, arguments) in _SIGNATURES.items():
+            getattr(loaded, name).restype = result
+            getattr(loaded, name).argtypes = arguments
+        return loaded
+    return None
+
+
+@functools.cache
+def kernels() -> dict[str, tuple[int, bool]]:
+    """The sets of kernels in the library, from the fastest on: name -> (index, whether this processor can run it)."""
+    loaded, found = load(), {}
+    while loaded is not None:
+        present = c_int32()
+        name = loaded.llmquant_kernels(len(found), ctypes.byref(present))
+        if name is None:
+            break
+        found[name.decode()] = (len(found), bool(present.value))
+    return found
