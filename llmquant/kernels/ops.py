@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmquant.formats import get_format
-from llmquant.kernels import reference, registry
+from llmquant.kernels import registry
 from llmquant.kernels.packed import Packed
 from llmquant.primitives.blocks import block_counts
 
@@ -22,6 +22,8 @@ LIBRARY.define(f"embedding(Tensor indices, {_PACKED}, ScalarType dtype) -> Tenso
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     """x [..., K], weight [N, K], bias [N] -> [..., N] in x's dtype. Differentiable in x and bias."""
+    if _nobody_watches(x, bias):
+        return _linear(x, weight, bias)
     return torch.ops.llmquant.linear(x, *weight, bias)
 
 
@@ -35,14 +37,32 @@ def embedding(indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
     return torch.ops.llmquant.embedding(indices, *weight, dtype)
 
 
+def _nobody_watches(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether a call may go straight to the backend: plain CPU tensors, and no autograd, tracer, transform or profiler
+    that wants to see an operator. Going through torch's dispatcher would cost several microseconds a call."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.is_cpu
+        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.autograd.profiler._is_profiler_enabled
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
 def check_packed(weight: Packed) -> None:
     """Raises `RuntimeError` where the tensors of a packed matrix do not fit each other."""
+    if "checked" in weight.__dict__:
+        return
     fmt = get_format(weight.format)
     across, along = block_counts(weight.rows, weight.columns, weight.block)
     _check_tensor("qdata", weight.qdata, (weight.rows, fmt.row_bytes(weight.columns)), torch.uint8, weight)
     _check_tensor("scale", weight.scale, (across, along), weight.scale.dtype, weight)
     if weight.zero_point is not None:
         _check_tensor("zero_point", weight.zero_point, (across, fmt.row_bytes(along)), torch.uint8, weight)
+    weight.__dict__["checked"] = True
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, int], dtype: torch.dtype, weight: Packed) -> None:
@@ -55,22 +75,21 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, int], dtype: torc
 
 
 def _check_float_input(name: str, x: Tensor, width: int) -> None:
-    torch._check(x.is_floating_point(), lambda: f"llmquant::{name} needs a floating input, not {x.dtype}")
-    torch._check(
-        x.dim() >= 1 and x.shape[-1] == width,
-        lambda: f"llmquant::{name}: input {tuple(x.shape)} does not end in {width}",
-    )
+    if not x.is_floating_point():
+        raise RuntimeError(f"llmquant::{name} needs a floating input, not {x.dtype}")
+    if x.dim() < 1 or x.shape[-1] != width:
+        raise RuntimeError(f"llmquant::{name}: input {tuple(x.shape)} does not end in {width}")
 
 
-def _linear(x: Tensor, *args: Any) -> Tensor:
-    weight, bias = Packed(*args[:6]), args[6] if len(args) > 6 else None
+def _linear_op(x: Tensor, *args: Any) -> Tensor:
+    return _linear(x, Packed(*args[:6]), args[6] if len(args) > 6 else None)
+
+
+def _linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     check_packed(weight)
     _check_float_input("linear", x, weight.columns)
-    if bias is not None:
-        torch._check(
-            tuple(bias.shape) == (weight.rows,),
-            lambda: f"llmquant::linear: bias {tuple(bias.shape)} does not fit {weight.rows} rows",
-        )
+    if bias is not None and bias.shape != (weight.rows,):
+        raise RuntimeError(f"llmquant::linear: bias {tuple(bias.shape)} does not fit {weight.rows} rows")
     return registry.backend(weight).linear(x, weight, bias)
 
 
@@ -88,7 +107,7 @@ def _embedding(indices: Tensor, *args: Any) -> Tensor:
         indices.dtype in (torch.int32, torch.int64),
         lambda: f"llmquant::embedding: indices must be int32 or int64, not {indices.dtype}",
     )
-    return reference.embedding(indices, weight, dtype)
+    return registry.backend(weight).embedding(indices, weight, dtype)
 
 
 def _linear_fake(x: Tensor, qdata: Tensor, *_: Any) -> Tensor:
@@ -121,7 +140,7 @@ def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 for _name, _impl, _fake in (
-    ("linear", _linear, _linear_fake),
+    ("linear", _linear_op, _linear_fake),
     ("matmul", _matmul, _matmul_fake),
     ("embedding", _embedding, _embedding_fake),
 ):

@@ -62,14 +62,23 @@ def choose(format_name: str, block: tuple[int, int], columns: int, device: str) 
 
 def backend(weight: Packed) -> Backend:
     """The backend that serves a weight now: the chosen one, or the forced one where it can."""
-    block = (weight.block[0], weight.block[1])
-    name = choose(weight.format, block, weight.columns, weight.qdata.device.type).kernel
     if _forced is not None:
-        refused = BACKENDS[_forced].refusal(weight.format, block, weight.columns, weight.qdata.device.type)
-        if refused:
-            raise ConfigError(f"the backend {_forced} cannot serve this weight: {refused}", where=weight.format)
-        name = _forced
+        return _forced_backend(weight, _forced)
+    found = weight.__dict__.get("backend")
+    if found is None:
+        found = weight.__dict__["backend"] = BACKENDS[choose(*_traits(weight)).kernel]
+    return found
+
+
+def _forced_backend(weight: Packed, name: str) -> Backend:
+    refused = BACKENDS[name].refusal(*_traits(weight))
+    if refused:
+        raise ConfigError(f"the backend {name} cannot serve this weight: {refused}", where=weight.format)
     return BACKENDS[name]
+
+
+def _traits(weight: Packed) -> tuple[str, tuple[int, int], int, str]:
+    return weight.format, (weight.block[0], weight.block[1]), weight.columns, weight.qdata.device.type
 
 
 @contextlib.contextmanager

@@ -73,6 +73,8 @@ class QuantizedTensor(torch.Tensor):
     scale: Tensor
     zero_point: Tensor | None = None
     meta: Meta
+    # What kernels worked out about this weight, and where its tensors lay then: moving them makes it void.
+    _packed: tuple[tuple[int, int], Packed] | None = None
 
     @staticmethod
     def __new__(cls, tensors: Mapping[str, Tensor | None], meta: Meta, dtype: torch.dtype) -> QuantizedTensor:
@@ -121,7 +123,7 @@ class QuantizedTensor(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
         if id(self) not in memo:
             copy = self.rebuild(lambda _, t: t.clone())
-            copy.__dict__.update({k: v for k, v in self.__dict__.items() if k not in copy.__dict__})
+            copy.__dict__.update({k: v for k, v in self.__dict__.items() if k not in (*copy.__dict__, "_packed")})
             memo[id(self)] = copy
         return memo[id(self)]
 
@@ -174,9 +176,14 @@ class QuantizedTensor(torch.Tensor):
 
     def packed(self) -> Packed:
         """The logical [out, in] matrix for kernels; the tensor must have two dimensions."""
-        assert self.qdata.dim() == 2, "kernels take one matrix"  # qdata: no dispatch on the way to a kernel
-        m = self.meta
-        return Packed(self.qdata, self.scale, self.zero_point, m.format, m.block, m.columns)
+        qdata, scale, m = self.qdata, self.scale, self.meta  # inner tensors: no dispatch on the way to a kernel
+        assert qdata.dim() == 2, "kernels take one matrix"
+        if torch.compiler.is_compiling() or type(qdata) is not Tensor:
+            return Packed(qdata, scale, self.zero_point, m.format, m.block, m.columns)
+        lies_at = (qdata.data_ptr(), scale.data_ptr())
+        if self._packed is None or self._packed[0] != lies_at:
+            self._packed = lies_at, Packed(qdata, scale, self.zero_point, m.format, m.block, m.columns)
+        return self._packed[1]
 
     def kernel(self) -> registry.Choice:
         """Which kernel serves this weight, and why."""

@@ -1,0 +1,199 @@
+// Drives the native kernels without Python over random shapes: built with AddressSanitizer, and for other processors.
+// Every buffer ends at a page that may not be touched, so a vector that reads too far stops the program, whether the
+// sanitizer knows the instruction or not. Results are compared with plain loops in float64.
+//   driver SEED COUNT
+#include <sys/mman.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "floats.h"
+#include "matrix.h"
+
+extern "C" {
+const char* llmquant_kernels(int32_t, int32_t*);
+void llmquant_linear(int32_t, const Matrix*, const void*, int32_t, int64_t, const void*, int32_t, int32_t, int64_t, void*);
+int64_t llmquant_rows(int32_t, const Matrix*, const int64_t*, int64_t, int32_t, void*);
+uint64_t llmquant_read(const uint64_t*, int64_t);
+}
+
+namespace {
+
+std::mt19937_64 random_bits;
+int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_bits); }
+float normal() { return std::normal_distribution<float>()(random_bits); }
+
+// Bytes that end where a page begins that must not be touched.
+struct Guarded {
+    size_t size, room;
+    uint8_t *base, *data;
+    explicit Guarded(size_t bytes, uint8_t fill = 0xff) : size(bytes), room((bytes / 4096 + 2) * 4096) {
+        base = static_cast<uint8_t*>(mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+        if (base == MAP_FAILED || mprotect(base + room - 4096, 4096, PROT_NONE)) std::abort();
+        data = base + room - 4096 - bytes;
+        std::memset(data, fill, bytes);
+    }
+    Guarded(const Guarded&) = delete;
+    ~Guarded() { munmap(base, room); }
+};
+
+size_t float_bytes(int32_t type) { return type == FLOAT_F32 ? 4 : 2; }
+
+uint32_t code_at(const uint8_t* row, int bits, int64_t i) {
+    uint32_t code = 0;
+    for (int b = 0; b < bits; ++b) code |= (row[(i * bits + b) / 8] >> (i * bits + b) % 8 & 1u) << b;
+    return code;
+}
+
+double value_at(const Matrix& w, int64_t row, int64_t k) {
+    const int64_t g = k / w.group;
+    const uint32_t code = code_at(w.qdata + row * w.row_bytes, w.bits, k);
+    const double scale = load_float(w.scale, row * w.scale_step + g, w.scale_type);
+    if (w.table) return w.table[code] * scale;
+    const double zero = w.zero_point ? code_at(w.zero_point + row * w.zero_step, w.bits, g) : w.midpoint;
+    return (code - zero) * scale;
+}
+
+// The rule of primitives/dynamic.py: what the activations become.
+std::vector<double> dynamic(const std::vector<float>& x, int64_t columns, int32_t activation, int64_t group) {
+    std::vector<double> out(x.begin(), x.end());
+    if (activation == PLAIN) return out;
+    for (size_t token = 0; token < x.size(); token += columns)
+        for (int64_t start = 0; start < columns; start += group) {
+            const int64_t stop = std::min(start + group, columns);
+            float low = 0, high = 0;
+            for (int64_t k = start; k < stop; ++k) low = std::min(low, x[token + k]), high = std::max(high, x[token + k]);
+            const bool even = activation == SYMMETRIC;
+            const float scale = even ? std::max(high, -low) / 127.f : (high - low) / 255.f, safe = scale > 0 ? scale : 1.f;
+            const float bottom = even ? -127.f : -128.f;
+            const auto clamp = [bottom](float v) { return std::min(std::max(v, bottom), 127.f); };
+            const float zero = even ? 0.f : clamp(std::nearbyint(-128.f - low / safe));
+            for (int64_t k = start; k < stop; ++k)
+                out[token + k] = (clamp(std::nearbyint(x[token + k] / safe) + zero) - zero) * double(scale);
+        }
+    return out;
+}
+
+struct Case {
+    std::string text;
+    bool failed = false;
+    void check(double found, double exact, double bound, const char* what, int64_t i) {
+        if (failed || std::fabs(found - exact) <= bound || std::fabs(exact) > 65000) return;  // NaN fails
+        failed = true;
+        std::printf("%s\n  %s[%lld] is %g, not %g (off by more than %g)\n", text.c_str(), what, static_cast<long long>(i),
+                    found, exact, bound);
+    }
+};
+
+bool run_case(const std::vector<std::string>& names, const std::vector<int32_t>& which) {
+    const bool big = pick(0, 9) == 0;
+    Matrix w{};
+    w.bits = static_cast<int32_t>(pick(1, 8));
+    w.rows = pick(1, big ? 300 : 40);
+    w.columns = pick(1, big ? 2000 : 300);
+    const int64_t steps[] = {1, 4, 8, 32, 64};
+    const int64_t unit = steps[pick(0, 4)];
+    w.group = pick(0, 4) == 0 ? w.columns : std::min(w.columns, unit * pick(1, 6));
+    w.groups = (w.columns + w.group - 1) / w.group;
+    w.row_bytes = (w.columns * w.bits + 7) / 8;
+    const bool table = w.bits == 8 && pick(0, 2) == 0, shared = w.groups == 1 && pick(0, 3) == 0;
+    const bool zeros = !table && pick(0, 1);
+    const int64_t scale_rows = shared ? 1 : w.rows, zero_bytes = (w.groups * w.bits + 7) / 8;
+    w.scale_step = shared ? 0 : w.groups;
+    w.zero_step = shared ? 0 : zero_bytes;
+    w.scale_type = static_cast<int32_t>(pick(0, 2));
+    w.midpoint = w.bits == 1 ? 0.5f : static_cast<float>(1 << (w.bits - 1));
+    Guarded qdata(w.rows * w.row_bytes), scale(scale_rows * w.groups * float_bytes(w.scale_type));
+    Guarded points(zeros ? scale_rows * zero_bytes : 0), values(256 * 4);
+    for (size_t i = 0; i < qdata.size; ++i) qdata.data[i] = static_cast<uint8_t>(random_bits());
+    for (size_t i = 0; i < points.size; ++i) points.data[i] = static_cast<uint8_t>(random_bits());
+    for (int64_t i = 0; i < scale_rows * w.groups; ++i) store_float(scale.data, i, w.scale_type, 0.01f * (1.5f + normal()));
+    for (int i = 0; i < 256; ++i) {  // e5m2 without its infinities: a sign, and numbers that bfloat16 holds
+        const float magnitude = half_to_float(static_cast<uint16_t>(std::min(i & 127, 0x7b) << 8));
+        reinterpret_cast<float*>(values.data)[i] = i & 128 ? -magnitude : magnitude;
+    }
+    w.qdata = qdata.data;
+    w.scale = scale.data;
+    w.zero_point = zeros ? points.data : nullptr;
+    w.table = table ? reinterpret_cast<const float*>(values.data) : nullptr;
+
+    const int64_t count = pick(0, big ? 70 : 12), group = pick(0, 1) ? 32 : pick(1, w.columns);
+    const int32_t type = static_cast<int32_t>(pick(0, 2)), activation = table ? 0 : static_cast<int32_t>(pick(0, 2));
+    const int32_t bias_type = static_cast<int32_t>(pick(0, 2));
+    const bool biased = pick(0, 1);
+    Guarded x(count * w.columns * float_bytes(type)), bias(w.rows * float_bytes(bias_type));
+    std::vector<float> inputs(count * w.columns);
+    for (size_t i = 0; i < inputs.size(); ++i) {
+        store_float(x.data, i, type, normal() * (pick(0, 50) ? 1.f : 30.f));
+        inputs[i] = load_float(x.data, i, type);
+    }
+    for (int64_t i = 0; i < w.rows; ++i) store_float(bias.data, i, bias_type, normal());
+    const std::vector<double> seen = dynamic(inputs, w.columns, activation, group);
+    std::vector<double> weights(w.rows * w.columns);
+    for (int64_t i = 0; i < w.rows * w.columns; ++i) weights[i] = value_at(w, i / w.columns, i % w.columns);
+
+    Case at;
+    for (size_t n = 0; n < names.size() && !at.failed; ++n) {
+        char text[300];
+        std::snprintf(text, sizeof text,
+                      "%s: int%d%s %lld x %lld, group %lld, %s%s, scale type %d, %lld inputs of type %d, activation %d in %lld",
+                      names[n].c_str(), w.bits, table ? " table" : "", (long long)w.rows, (long long)w.columns,
+                      (long long)w.group, zeros ? "asymmetric" : "symmetric", shared ? ", one scale" : "", w.scale_type,
+                      (long long)count, type, activation, (long long)group);
+        at.text = text;
+        Guarded out(count * w.rows * float_bytes(type)), decoded(w.rows * w.columns * float_bytes(type));
+        llmquant_linear(which[n], &w, x.data, type, count, biased ? bias.data : nullptr, bias_type, activation, group, out.data);
+        // Sums in float32, rounded to the output's type; tiles take weights and decoded activations as bfloat16, and
+        // half inputs in fixed point keep 15 bits below the largest near them.
+        const double sums = names[n] == "amx" && type == FLOAT_BF16 ? 6e-3 : 2e-5;
+        const double steps = type != FLOAT_F32 && activation == PLAIN ? 3.1e-5 : 5e-7;
+        const double last = type == FLOAT_F32 ? 1e-6 : type == FLOAT_F16 ? 5e-4 : 4e-3;
+        for (int64_t i = 0; i < count * w.rows; ++i) {
+            const double add = biased ? load_float(bias.data, i % w.rows, bias_type) : 0.;
+            double exact = add, size = std::fabs(add), weight = 0, largest = 0;
+            for (int64_t k = 0; k < w.columns; ++k) {
+                const double product = seen[i / w.rows * w.columns + k] * weights[i % w.rows * w.columns + k];
+                exact += product;
+                size += std::fabs(product);
+                weight += std::fabs(weights[i % w.rows * w.columns + k]);
+                largest = std::max(largest, std::fabs(seen[i / w.rows * w.columns + k]));
+            }
+            at.check(load_float(out.data, i, type), exact, last * std::fabs(exact) + sums * size + steps * weight * largest + 1e-7, "out", i);
+        }
+        std::vector<int64_t> indices(w.rows);
+        for (int64_t& index : indices) index = pick(0, w.rows - 1);
+        if (llmquant_rows(which[n], &w, indices.data(), w.rows, type, decoded.data) != -1) at.check(NAN, 0, 0, "rows", 0);
+        for (int64_t i = 0; i < w.rows * w.columns; ++i) {
+            const double exact = weights[indices[i / w.columns] * w.columns + i % w.columns];
+            at.check(load_float(decoded.data, i, type), exact, (type == FLOAT_F32 ? 1e-7 : last) * std::fabs(exact) + 6e-8, "rows", i);
+        }
+        indices[0] = w.rows;
+        if (llmquant_rows(which[n], &w, indices.data(), w.rows, type, decoded.data) != 0) at.check(NAN, 0, 0, "index", 0);
+    }
+    return !at.failed;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    random_bits.seed(argc > 1 ? std::atoll(argv[1]) : 0);
+    const int64_t count = argc > 2 ? std::atoll(argv[2]) : 100;
+    std::vector<std::string> names;
+    std::vector<int32_t> which;
+    int32_t present = 0;
+    for (int32_t i = 0; const char* name = llmquant_kernels(i, &present); ++i)
+        if (present) names.emplace_back(name), which.push_back(i);
+    Guarded words(8 * 1001, 1);
+    if (llmquant_read(reinterpret_cast<uint64_t*>(words.data), 1001) != 0x0101010101010101u) return 1;
+    for (int64_t i = 0; i < count; ++i)
+        if (!run_case(names, which)) return 1;
+    std::string list;
+    for (const std::string& name : names) list += " " + name;
+    std::printf("%lld cases right on%s\n", static_cast<long long>(count), list.c_str());
+}
