@@ -27,7 +27,7 @@ def inspect(
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("weight", "shape", "format", "block", "scale"):
-        table.add_column(name, no_wrap=name == "weight")
+        table.add_column(name, no_wrap=name in ("weight", "format"))
     table.add_column("bytes", justify="right")
     table.add_column("kernel")
     for row in found.rows:

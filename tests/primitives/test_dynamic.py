@@ -125,6 +125,11 @@ def test_values_move_by_half_a_step_and_no_less(activation: Activation) -> None:
     assert 0.2 < moved.mean() < 0.3
 
 
+def test_a_scale_that_loses_digits_leaves_no_code_out_of_range() -> None:
+    x = torch.tensor([-180.0, 180.0, 90.0]) * 2**-149  # 180 / 127 of the smallest number is that number
+    assert quantize_activation(x, Activation(0)).codes.tolist() == [-127, 127, 90]
+
+
 @every_activation
 def test_the_whole_range_of_codes_is_used(activation: Activation) -> None:
     found = quantize_activation(torch.randn(20, 300), activation)
