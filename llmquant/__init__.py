@@ -23,8 +23,15 @@ if TYPE_CHECKING:
     from llmquant.config.fqn import FqnToConfig as FqnToConfig
     from llmquant.config.recipe import list_recipes as list_recipes
     from llmquant.config.recipe import load_recipe as load_recipe
+    from llmquant.config.schemes import DynamicActivationConfig as DynamicActivationConfig
     from llmquant.config.schemes import Float8WeightOnlyConfig as Float8WeightOnlyConfig
     from llmquant.config.schemes import Int4WeightOnlyConfig as Int4WeightOnlyConfig
+    from llmquant.config.schemes import (
+        Int8DynamicActivationInt4WeightConfig as Int8DynamicActivationInt4WeightConfig,
+    )
+    from llmquant.config.schemes import (
+        Int8DynamicActivationIntxWeightConfig as Int8DynamicActivationIntxWeightConfig,
+    )
     from llmquant.config.schemes import Int8WeightOnlyConfig as Int8WeightOnlyConfig
     from llmquant.config.schemes import IntxWeightOnlyConfig as IntxWeightOnlyConfig
     from llmquant.config.schemes import WeightOnlyConfig as WeightOnlyConfig
@@ -39,6 +46,7 @@ if TYPE_CHECKING:
     from llmquant.primitives.granularity import PerRow as PerRow
     from llmquant.primitives.granularity import PerTensor as PerTensor
     from llmquant.primitives.granularity import PerToken as PerToken
+    from llmquant.primitives.granularity import PerTokenGroup as PerTokenGroup
     from llmquant.primitives.metrics import compute_error as compute_error
     from llmquant.quantize import QuantizationReport as QuantizationReport
     from llmquant.quantize import quantize_ as quantize_
@@ -50,8 +58,11 @@ _PUBLIC = {
     "llmquant.config.fqn": ["FqnToConfig"],
     "llmquant.config.recipe": ["list_recipes", "load_recipe"],
     "llmquant.config.schemes": [
+        "DynamicActivationConfig",
         "Float8WeightOnlyConfig",
         "Int4WeightOnlyConfig",
+        "Int8DynamicActivationInt4WeightConfig",
+        "Int8DynamicActivationIntxWeightConfig",
         "Int8WeightOnlyConfig",
         "IntxWeightOnlyConfig",
         "WeightOnlyConfig",
@@ -66,6 +77,7 @@ _PUBLIC = {
         "PerRow",
         "PerTensor",
         "PerToken",
+        "PerTokenGroup",
     ],
     "llmquant.primitives.metrics": ["compute_error"],
     "llmquant.quantize": ["QuantizationReport", "quantize_", "quantize_weight"],

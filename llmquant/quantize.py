@@ -15,7 +15,7 @@ from llmquant.algorithms import ALGORITHMS
 from llmquant.config.candidates import Candidate, Inventory, find_candidates
 from llmquant.config.fqn import FqnToConfig, Resolution, resolve
 from llmquant.config.recipe import to_config
-from llmquant.config.schemes import WeightOnlyConfig
+from llmquant.config.schemes import QuantConfig
 from llmquant.errors import AlreadyQuantizedError, BadWeightError, NothingToQuantizeError
 from llmquant.packing.bits import pack
 from llmquant.primitives.blocks import block_counts, to_blocks
@@ -31,7 +31,7 @@ _BYTES_AN_ELEMENT = 64
 
 
 def quantize_weight(
-    weight: Tensor, config: WeightOnlyConfig, stats: Tensor | None = None, *, transposed: bool = False
+    weight: Tensor, config: QuantConfig, stats: Tensor | None = None, *, transposed: bool = False
 ) -> QuantizedTensor:
     """A plain weight as a quantized tensor of the same shape and dtype.
 
@@ -56,11 +56,11 @@ def quantize_weight(
     for index, matrix in enumerate(matrices):
         into = tensors if logical.dim() == 2 else {name: t[index] for name, t in tensors.items()}
         _quantize_matrix(matrix, algorithm, spec, stats, into)
-    meta = Meta(spec.format.name, spec.block, columns, transposed)
+    meta = Meta(spec.format.name, spec.block, columns, transposed, config.activation)
     return tensor_class(spec.format)(tensors, meta, weight.dtype)
 
 
-def check_weight(weight: Tensor, config: WeightOnlyConfig, fqn: str | None = None) -> None:
+def check_weight(weight: Tensor, config: QuantConfig, fqn: str | None = None) -> None:
     """Raises `BadWeightError` for what cannot be quantized: no float, meta, empty, NaN or infinite, out of range."""
     if not weight.is_floating_point() or weight.dim() not in (2, 3):
         raise BadWeightError(f"cannot quantize a {weight.dim()}-D tensor of {weight.dtype}", where=fqn)
@@ -139,7 +139,7 @@ class Plan(NamedTuple):
     resolution: Resolution
 
     @property
-    def chosen(self) -> list[tuple[Candidate, WeightOnlyConfig]]:
+    def chosen(self) -> list[tuple[Candidate, QuantConfig]]:
         """The weights to quantize, in model order."""
         found = self.resolution.chosen
         return [(c, found[c.name]) for c in self.inventory.candidates if c.name in found]  # type: ignore[misc]
@@ -238,7 +238,7 @@ def replace_weight(model: nn.Module, fqns: tuple[str, ...], weight: Tensor) -> N
 
 
 def report_weight(
-    fqns: tuple[str, ...], weight: QuantizedTensor, config: WeightOnlyConfig, bytes_before: int
+    fqns: tuple[str, ...], weight: QuantizedTensor, config: QuantConfig, bytes_before: int
 ) -> WeightReport:
     """The report of one quantized weight."""
     kernel, reason = weight.kernel()
@@ -335,7 +335,7 @@ def _importance(rows: Tensor, stats: Tensor | None) -> Tensor | None:
     return (square + square.mean(-1, keepdim=True)).sqrt_().mul_(stats)
 
 
-def _check_range(largest: float, weight: Tensor, config: WeightOnlyConfig, fqn: str | None) -> None:
+def _check_range(largest: float, weight: Tensor, config: QuantConfig, fqn: str | None) -> None:
     """Refuses weights so large that the stored scale would overflow."""
     spec = config.spec(*weight.shape[-2:])
     reach = torch.finfo(spec.scale_dtype).max * spec.format.numerics.largest_scaled(spec.format)

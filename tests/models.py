@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llmquant.config.fqn import FqnToConfig
 from llmquant.config.recipe import to_config
-from llmquant.config.schemes import WeightOnlyConfig
+from llmquant.config.schemes import QuantConfig
 from llmquant.tensor import QuantizedTensor
 
 VOCAB, HIDDEN = 128, 64
@@ -41,7 +41,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def rtn(scheme: Any) -> FqnToConfig:
     """A config by round to nearest, which is fast: how scales are chosen does not matter here."""
-    found = {k: v.with_algorithm("rtn") if isinstance(v, WeightOnlyConfig) else v for k, v in to_config(scheme).items()}
+    found = {k: v.with_algorithm("rtn") if isinstance(v, QuantConfig) else v for k, v in to_config(scheme).items()}
     return FqnToConfig(found)
 
 

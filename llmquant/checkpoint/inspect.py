@@ -12,7 +12,7 @@ import torch
 from llmquant.checkpoint.files import read_header
 from llmquant.checkpoint.manifest import METHOD, verify
 from llmquant.checkpoint.source import locate, read_config, weight_files
-from llmquant.checkpoint.state import expected, logical_shape
+from llmquant.checkpoint.state import described_activation, expected, logical_shape
 from llmquant.errors import CheckpointError
 from llmquant.kernels import registry
 
@@ -27,6 +27,7 @@ class Row:
         format: a format of the table, or the dtype of a plain tensor.
         block: (rows, columns) that share a scale; None for plain tensors.
         scale: dtype of the scales, with `+zero` where there are zero points; empty for plain tensors.
+        activation: how inputs of products are quantized, as in a scheme (`a8-token`); empty where they are not.
         bytes: of all its components on disk.
         kernel, reason: what serves it on this machine, and why.
     """
@@ -36,6 +37,7 @@ class Row:
     format: str
     block: tuple[int, int] | None
     scale: str
+    activation: str
     bytes: int
     kernel: str
     reason: str
@@ -111,12 +113,14 @@ def _quantized(fqn: str, described: Mapping[str, Any]) -> Row:
     block = tuple(described["block"])
     kernel, reason = registry.choose(described["format"], block, logical_shape(described)[-1], "cpu")
     scale = described["scale_dtype"] + ("+zero" if described["asymmetric"] else "")
-    return Row(fqn, tuple(described["shape"]), described["format"], block, scale, size, kernel, reason)
+    activation = described_activation(described)
+    prefix = activation.scheme if activation else ""
+    return Row(fqn, tuple(described["shape"]), described["format"], block, scale, prefix, size, kernel, reason)
 
 
 def _plain(fqn: str, dtype: torch.dtype | None, shape: tuple[int, ...]) -> Row:
     size = torch.Size(shape).numel() * (dtype.itemsize if dtype else 0)
-    return Row(fqn, shape, str(dtype).removeprefix("torch."), None, "", size, "torch", "not quantized")
+    return Row(fqn, shape, str(dtype).removeprefix("torch."), None, "", "", size, "torch", "not quantized")
 
 
 def _bits(rows: Any) -> float | None:

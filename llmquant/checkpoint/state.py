@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmquant.errors import CheckpointError
 from llmquant.formats import get_format
 from llmquant.primitives.blocks import block_counts
+from llmquant.primitives.dynamic import Activation
 from llmquant.tensor import Meta, QuantizedTensor, tensor_class
 from llmquant.tensor.base import Field
 
@@ -47,6 +48,7 @@ def entry(meta: Meta, shape: Iterable[int], scale_dtype: torch.dtype, asymmetric
         "transposed": meta.transposed,
         "scale_dtype": str(scale_dtype).removeprefix("torch."),
         "asymmetric": asymmetric,
+        **({"activation": meta.activation.to_dict()} if meta.activation else {}),
     }
 
 
@@ -61,6 +63,7 @@ def expected(fqn: str, described: Mapping[str, Any]) -> dict[str, tuple[torch.dt
         *experts, rows, columns = logical_shape(described)
         across, along = block_counts(rows, columns, tuple(described["block"]))
         scale_dtype, asymmetric = getattr(torch, described["scale_dtype"]), described["asymmetric"]
+        described_activation(described)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(
             f"cannot read what the manifest says of a weight: {getattr(error, 'what', repr(error))}",
@@ -84,6 +87,11 @@ def logical_shape(described: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def described_activation(described: Mapping[str, Any]) -> Activation | None:
+    """How inputs of products with the weight are quantized, by its entry. Raises `ConfigError` for what is unknown."""
+    return Activation.from_dict(described["activation"]) if "activation" in described else None
+
+
 def assemble(
     fqn: str, described: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> QuantizedTensor:
@@ -98,7 +106,13 @@ def assemble(
     fmt = get_format(described["format"])
     cls = tensor_class(fmt)
     inner = {field.name: _component(fqn, field, tensors) for field in cls.fields}
-    meta = Meta(fmt.name, tuple(described["block"]), logical_shape(described)[-1], described["transposed"])
+    meta = Meta(
+        fmt.name,
+        tuple(described["block"]),
+        logical_shape(described)[-1],
+        described["transposed"],
+        described_activation(described),
+    )
     return cls(inner, meta, dtype)
 
 

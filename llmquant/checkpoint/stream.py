@@ -19,7 +19,7 @@ from llmquant.checkpoint.source import Source, open_source
 from llmquant.checkpoint.state import components, entry, expected
 from llmquant.config import recipe
 from llmquant.config.candidates import Candidate
-from llmquant.config.schemes import WeightOnlyConfig
+from llmquant.config.schemes import QuantConfig
 from llmquant.errors import BadWeightError, CheckpointError
 from llmquant.quantize import (
     Plan,
@@ -83,10 +83,10 @@ def _entries(plan: Plan) -> dict[str, Any]:
     return {candidate.name: _entry(candidate, config) for candidate, config in plan.chosen}
 
 
-def _entry(candidate: Candidate, config: WeightOnlyConfig) -> dict[str, Any]:
+def _entry(candidate: Candidate, config: QuantConfig) -> dict[str, Any]:
     rows, columns = candidate.shape[:-3:-1] if candidate.transposed else candidate.shape[-2:]
     spec = config.spec(rows, columns)
-    meta = Meta(spec.format.name, spec.block, columns, candidate.transposed)
+    meta = Meta(spec.format.name, spec.block, columns, candidate.transposed, config.activation)
     return entry(meta, candidate.shape, spec.scale_dtype, spec.asymmetric)
 
 
@@ -127,7 +127,7 @@ def _converted(
 
 
 def _one(
-    fqn: str, value: Tensor, found: tuple[Candidate, WeightOnlyConfig] | None, report: QuantizationReport
+    fqn: str, value: Tensor, found: tuple[Candidate, QuantConfig] | None, report: QuantizationReport
 ) -> dict[str, Tensor]:
     if found is None:
         return {fqn: value}

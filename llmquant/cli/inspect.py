@@ -27,13 +27,14 @@ def inspect(
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("weight", "shape", "format", "block", "scale"):
-        table.add_column(name, no_wrap=name == "weight")
+        table.add_column(name, no_wrap=name in ("weight", "format"))
     table.add_column("bytes", justify="right")
     table.add_column("kernel")
     for row in found.rows:
         block = "x".join(map(str, row.block)) if row.block else ""
         shape = "x".join(map(str, row.shape))
-        table.add_row(row.fqn, shape, row.format, block, row.scale, f"{row.bytes:,}", row.kernel)
+        name = f"{row.activation}-{row.format}" if row.activation else row.format
+        table.add_row(row.fqn, shape, name, block, row.scale, f"{row.bytes:,}", row.kernel)
     console.print(table)
     for reason in sorted({f"{row.kernel}: {row.reason}" for row in found.rows if row.quantized}):
         console.print(f"kernel {reason}", highlight=False, soft_wrap=True)

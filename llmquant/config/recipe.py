@@ -21,7 +21,7 @@ import yaml
 
 import llmquant
 from llmquant.config.fqn import FqnToConfig
-from llmquant.config.schemes import WeightOnlyConfig, parse_config, unknown_key
+from llmquant.config.schemes import QuantConfig, parse_config, unknown_key
 from llmquant.errors import ConfigError, LlmQuantError
 
 RECIPE_VERSION = 1
@@ -84,10 +84,10 @@ def parse_recipe(content: Any, name: str, where: str) -> Recipe:
 def with_algorithm(config: FqnToConfig, algorithm: str) -> FqnToConfig:
     """The same with another algorithm wherever a format has it. Raises `ConfigError` if none has it."""
     changed = {
-        key: value.with_algorithm(algorithm) if isinstance(value, WeightOnlyConfig) else value
+        key: value.with_algorithm(algorithm) if isinstance(value, QuantConfig) else value
         for key, value in config.items()
     }
-    if not any(isinstance(c, WeightOnlyConfig) and c.algorithm == algorithm for c in changed.values()):
+    if not any(isinstance(c, QuantConfig) and c.algorithm == algorithm for c in changed.values()):
         raise ConfigError(f"no format of this recipe has the algorithm {algorithm!r}", hint="rtn or search")
     return FqnToConfig(changed)
 
@@ -100,7 +100,7 @@ def to_config(source: Any) -> FqnToConfig:
         return source
     if isinstance(source, Recipe):
         return source.config
-    if source is None or isinstance(source, WeightOnlyConfig):
+    if source is None or isinstance(source, QuantConfig):
         return FqnToConfig.of(source)
     if isinstance(source, Mapping):
         return FqnToConfig({key: _parse_weight(key, value, "config") for key, value in source.items()})
@@ -119,11 +119,11 @@ def to_config(source: Any) -> FqnToConfig:
 
 def to_pairs(config: FqnToConfig) -> list[list[Any]]:
     """[key, config or None] pairs of plain JSON, which `to_config` reads back. Pairs keep the order that decides."""
-    return [[key, value.to_dict() if isinstance(value, WeightOnlyConfig) else None] for key, value in config.items()]
+    return [[key, value.to_dict() if isinstance(value, QuantConfig) else None] for key, value in config.items()]
 
 
-def _parse_weight(key: str, value: Any, where: str) -> WeightOnlyConfig | None:
-    if value is None or isinstance(value, WeightOnlyConfig):
+def _parse_weight(key: str, value: Any, where: str) -> QuantConfig | None:
+    if value is None or isinstance(value, QuantConfig):
         return value
     if not isinstance(value, (str, Mapping)):
         raise ConfigError(f"the scheme of {key!r} must be a text or a mapping, not {value!r}", where=where)

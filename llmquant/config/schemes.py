@@ -1,7 +1,10 @@
 """What to do to one weight: typed configs, and the short schemes that stand for them.
 
-Grammar: `none | <format>[-g<N>|-row|-tensor][-sym|-asym]`, a format being a row of the table
-(`int4`, `float8`, `float8-e5m2`, ...). Without a suffix the format's default holds.
+Grammar: `none | [a8[-g<N>|-token][-sym|-asym]-]<format>[-g<N>|-row|-tensor][-sym|-asym]`, a format being a row of the
+table (`int4`, `float8`, `float8-e5m2`, ...). What stands before it is said of activations, what follows of the weight.
+Without a suffix the format's default holds. `a8` quantizes the input of a product to int8 codes, anew each time:
+symmetric in groups of 32 of a token unless it says otherwise (`a8-int4-g32`, `a8-token-asym-int8`); without it
+activations stay as they are.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 
 from llmquant.errors import ConfigError
 from llmquant.formats import FORMATS, Format, get_format
+from llmquant.primitives.dynamic import DEFAULT_GROUP, Activation
 from llmquant.primitives.granularity import (
     Granularity,
     MappingType,
@@ -23,6 +27,8 @@ from llmquant.primitives.granularity import (
     PerGroup,
     PerRow,
     PerTensor,
+    PerToken,
+    PerTokenGroup,
     block_shape,
     granularity_name,
 )
@@ -32,8 +38,8 @@ SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32":
 
 
 @dataclass(frozen=True, eq=False)
-class WeightOnlyConfig:
-    """Quantizes a weight, leaves activations as they are. Reaches any row of the table of formats.
+class QuantConfig:
+    """What is to be done to a weight and to the activations that meet it. Reaches any row of the table of formats.
 
     Args:
         format: a name in the table, for instance `int5`.
@@ -41,6 +47,7 @@ class WeightOnlyConfig:
         mapping_type: symmetric, or asymmetric with an integer zero point a block.
         scale_dtype: how scales are stored; None means float16 for groups, float32 per row or tensor.
         algorithm: how codes and scales are chosen; None is the format's default (`search` for integers).
+        activation: how inputs of products are quantized; None leaves them as they are.
 
     Raises:
         ConfigError: where the format cannot have what is asked.
@@ -51,6 +58,7 @@ class WeightOnlyConfig:
     mapping_type: MappingType = MappingType.SYMMETRIC
     scale_dtype: torch.dtype | None = None
     algorithm: str | None = None
+    activation: Activation | None = None
 
     def __post_init__(self) -> None:
         row = get_format(self.format)
@@ -81,23 +89,24 @@ class WeightOnlyConfig:
         block = block_shape(self.granularity, rows, columns)
         return QuantSpec(get_format(self.format), block, self.mapping_type, self.scale_dtype)
 
-    def with_algorithm(self, algorithm: str) -> WeightOnlyConfig:
+    def with_algorithm(self, algorithm: str) -> QuantConfig:
         """The same with another algorithm, where the format has it."""
         known = algorithm in get_format(self.format).algorithms
         return from_dict({**self.to_dict(), "algorithm": algorithm}) if known else self
 
     @property
     def scheme(self) -> str:
-        """The short name of format, granularity and mapping, with defaults left out."""
+        """The short name of activation, format, granularity and mapping, with defaults left out."""
         row = get_format(self.format)
         assert self.granularity is not None
         shared = granularity_name(self.granularity)
         suffix = f"-g{self.granularity.group_size}" if isinstance(self.granularity, PerGroup) else f"-{shared}"
         name = self.format if self.granularity == _default_granularity(row) else self.format + suffix
-        return name + ("-asym" if self.mapping_type is MappingType.ASYMMETRIC else "")
+        activation = f"{self.activation.scheme}-" if self.activation else ""
+        return activation + name + ("-asym" if self.mapping_type is MappingType.ASYMMETRIC else "")
 
-    def to_dict(self) -> dict[str, str]:
-        """Plain JSON: the inverse of `from_dict`."""
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON: the inverse of `from_dict`. An activation is named only where there is one."""
         assert self.granularity is not None and self.algorithm is not None
         shared = granularity_name(self.granularity)
         group = f"group-{self.granularity.group_size}" if isinstance(self.granularity, PerGroup) else shared
@@ -107,16 +116,46 @@ class WeightOnlyConfig:
             "mapping_type": self.mapping_type.value,
             "scale_dtype": str(self.scale_dtype).removeprefix("torch."),
             "algorithm": self.algorithm,
+            **({"activation": self.activation.to_dict()} if self.activation else {}),
         }
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, WeightOnlyConfig) and self.to_dict() == other.to_dict()
+        return isinstance(other, QuantConfig) and self.to_dict() == other.to_dict()
 
     def __hash__(self) -> int:
-        return hash(tuple(self.to_dict().values()))
+        return hash((self.scheme, self.scale_dtype, self.algorithm))
 
     def __str__(self) -> str:
         return self.scheme
+
+
+class WeightOnlyConfig(QuantConfig):
+    """Quantizes a weight, leaves activations as they are. For the arguments see `QuantConfig`."""
+
+    def __init__(
+        self,
+        format: str,
+        granularity: Granularity | None = None,
+        mapping_type: MappingType = MappingType.SYMMETRIC,
+        scale_dtype: torch.dtype | None = None,
+        algorithm: str | None = None,
+    ) -> None:
+        super().__init__(format, granularity, mapping_type, scale_dtype, algorithm)
+
+
+class DynamicActivationConfig(QuantConfig):
+    """Quantizes a weight, and the input of each product with it to int8. For the arguments see `QuantConfig`."""
+
+    def __init__(
+        self,
+        format: str,
+        granularity: Granularity | None = None,
+        mapping_type: MappingType = MappingType.SYMMETRIC,
+        scale_dtype: torch.dtype | None = None,
+        algorithm: str | None = None,
+        activation: Activation = Activation(DEFAULT_GROUP),  # noqa: B008  (frozen)
+    ) -> None:
+        super().__init__(format, granularity, mapping_type, scale_dtype, algorithm, activation)
 
 
 class Int4WeightOnlyConfig(WeightOnlyConfig):
@@ -170,11 +209,45 @@ class Float8WeightOnlyConfig(WeightOnlyConfig):
         super().__init__(_format_of(weight_dtype, "scaled"), granularity)
 
 
-def parse_scheme(scheme: str) -> WeightOnlyConfig | None:
+class Int8DynamicActivationInt4WeightConfig(DynamicActivationConfig):
+    """Activations in eight bits, weights in four, groupwise."""
+
+    def __init__(
+        self,
+        group_size: int = 32,
+        act_granularity: Granularity = PerTokenGroup(DEFAULT_GROUP),  # noqa: B008  (frozen)
+        act_mapping_type: MappingType = MappingType.SYMMETRIC,
+        mapping_type: MappingType = MappingType.SYMMETRIC,
+        scale_dtype: torch.dtype | None = None,
+        algorithm: str = "search",
+    ) -> None:
+        activation = Activation.of(act_granularity, act_mapping_type)
+        super().__init__("int4", PerGroup(group_size), mapping_type, scale_dtype, algorithm, activation)
+
+
+class Int8DynamicActivationIntxWeightConfig(DynamicActivationConfig):
+    """Activations in eight bits, weights in one to eight: `weight_dtype` is `torch.int1` ... `torch.int8`."""
+
+    def __init__(
+        self,
+        weight_dtype: torch.dtype = torch.int8,
+        weight_granularity: Granularity = PerGroup(32),  # noqa: B008  (frozen)
+        weight_mapping_type: MappingType = MappingType.SYMMETRIC,
+        weight_scale_dtype: torch.dtype | None = None,
+        act_mapping_type: MappingType = MappingType.ASYMMETRIC,
+        act_granularity: Granularity = PerToken(),  # noqa: B008  (frozen)
+        algorithm: str = "search",
+    ) -> None:
+        name, activation = _format_of(weight_dtype, "affine"), Activation.of(act_granularity, act_mapping_type)
+        super().__init__(name, weight_granularity, weight_mapping_type, weight_scale_dtype, algorithm, activation)
+
+
+def parse_scheme(scheme: str) -> QuantConfig | None:
     """A scheme as a config; None for `none`. Raises `ConfigError` that says which part is wrong."""
     if scheme == "none":
         return None
-    row, rest = _split_stem(scheme)
+    activation, stem = _split_activation(scheme)
+    row, rest = _split_stem(stem)
     found = re.fullmatch(r"(?:-(g[0-9]+|row|tensor))?(?:-(sym|asym))?", rest)
     if not found:
         raise ConfigError(
@@ -182,20 +255,21 @@ def parse_scheme(scheme: str) -> WeightOnlyConfig | None:
             hint=f"{row.name} may be followed by -g<size>, -row or -tensor, then -sym or -asym",
         )
     shared, mapping = found.groups()
-    return WeightOnlyConfig(
-        row.name,
-        _parse_granularity(shared) if shared else None,
-        MappingType.ASYMMETRIC if mapping == "asym" else MappingType.SYMMETRIC,
+    return _config(
+        activation,
+        format=row.name,
+        granularity=_parse_granularity(shared) if shared else None,
+        mapping_type=_suffix_mapping(mapping),
     )
 
 
-def from_dict(values: Mapping[str, Any]) -> WeightOnlyConfig:
+def from_dict(values: Mapping[str, Any]) -> QuantConfig:
     """A mapping of config fields as a config; `group_size: n` is short for `granularity: group-n`.
 
     Raises `ConfigError` for unknown fields and values, with near names.
     """
     values = dict(values)
-    known = [f.name for f in fields(WeightOnlyConfig)]
+    known = [f.name for f in fields(QuantConfig)]
     if "format" not in values:
         raise ConfigError("a config needs a 'format'", where=str(values), hint=f"one of {', '.join(FORMATS)}")
     group_size = values.pop("group_size", None)
@@ -206,16 +280,18 @@ def from_dict(values: Mapping[str, Any]) -> WeightOnlyConfig:
     for key in values:
         if key not in known:
             raise unknown_key(key, [*known, "group_size"], f"config {values}")
-    return WeightOnlyConfig(
-        str(values["format"]),
-        _parse_granularity(str(values["granularity"])) if values.get("granularity") else None,
-        _parse_mapping(values.get("mapping_type", "symmetric")),
-        _parse_scale_dtype(values.get("scale_dtype")),
-        values.get("algorithm"),
+    activation = values.get("activation")
+    return _config(
+        None if activation is None else Activation.from_dict(activation),
+        format=str(values["format"]),
+        granularity=_parse_granularity(str(values["granularity"])) if values.get("granularity") else None,
+        mapping_type=_parse_mapping(values.get("mapping_type", "symmetric")),
+        scale_dtype=_parse_scale_dtype(values.get("scale_dtype")),
+        algorithm=values.get("algorithm"),
     )
 
 
-def parse_config(value: str | Mapping[str, Any] | None) -> WeightOnlyConfig | None:
+def parse_config(value: str | Mapping[str, Any] | None) -> QuantConfig | None:
     """A scheme, or a mapping of config fields, or None."""
     if value is None:
         return None
@@ -230,7 +306,13 @@ def unknown_key(key: str, known: list[str], where: str) -> ConfigError:
     )
 
 
-def _set(config: WeightOnlyConfig, **values: Any) -> None:
+def _config(activation: Activation | None, **weight: Any) -> QuantConfig:
+    return (
+        WeightOnlyConfig(**weight) if activation is None else DynamicActivationConfig(**weight, activation=activation)
+    )
+
+
+def _set(config: QuantConfig, **values: Any) -> None:
     for name, value in values.items():
         object.__setattr__(config, name, value)
 
@@ -248,6 +330,26 @@ def _format_of(dtype: torch.dtype, storage: str) -> str:
     if dtype not in rows:
         raise ConfigError(f"no format of weight_dtype {dtype}", hint="one of " + ", ".join(map(str, rows)))
     return rows[dtype]
+
+
+def _split_activation(scheme: str) -> tuple[Activation | None, str]:
+    """What a scheme says of activations, and the rest, which begins with the format."""
+    if not scheme.startswith("a8"):
+        return None, scheme
+    found = re.fullmatch(r"a8(?:-(g[0-9]+|token))?(?:-(sym|asym))?-(.*)", scheme)
+    if not found:
+        raise ConfigError(
+            f"cannot read the activations of scheme {scheme!r}",
+            hint="a8 may be followed by -g<size> or -token, then -sym or -asym, and a format: a8-int4-g32",
+        )
+    shared, mapping, stem = found.groups()
+    shared = shared or f"g{DEFAULT_GROUP}"
+    granularity = PerToken() if shared == "token" else PerTokenGroup(int(shared[1:]))
+    return Activation.of(granularity, _suffix_mapping(mapping)), stem
+
+
+def _suffix_mapping(suffix: str | None) -> MappingType:
+    return MappingType.ASYMMETRIC if suffix == "asym" else MappingType.SYMMETRIC
 
 
 def _split_stem(scheme: str) -> tuple[Format, str]:

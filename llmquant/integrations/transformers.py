@@ -17,7 +17,7 @@ from llmquant.checkpoint.manifest import METHOD, check_version, new_manifest, sh
 from llmquant.checkpoint.state import assemble, component_key, expected, state_dict
 from llmquant.config import recipe
 from llmquant.config.fqn import FqnToConfig
-from llmquant.config.schemes import WeightOnlyConfig
+from llmquant.config.schemes import QuantConfig
 from llmquant.errors import BadWeightError, CheckpointError, ConfigError, ModelNotFoundError
 from llmquant.quantize import (
     AFTER_QUANTIZE,
@@ -96,7 +96,7 @@ class LlmQuantizer(HfQuantizer):
     def __init__(self, quantization_config: LlmQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.report = QuantizationReport()
-        self._chosen: dict[str, tuple[WeightOnlyConfig, bool]] = {}  # FQN -> config, transposed
+        self._chosen: dict[str, tuple[QuantConfig, bool]] = {}  # FQN -> config, transposed
         self._names: dict[str, tuple[str, ...]] = {}
         self._failure: BadWeightError | None = None
 

@@ -11,11 +11,15 @@ from llmquant.formats import get_format
 from llmquant.kernels import registry
 from llmquant.kernels.packed import Packed
 from llmquant.primitives.blocks import block_counts
+from llmquant.primitives.dynamic import Activation
 
 _PACKED = "Tensor qdata, Tensor scale, Tensor? zero_point, str format, int[2] block, SymInt columns"
 
 LIBRARY = torch.library.Library("llmquant", "DEF")
 LIBRARY.define(f"linear(Tensor x, {_PACKED}, Tensor? bias=None) -> Tensor")
+LIBRARY.define(
+    f"linear_int8(Tensor x, {_PACKED}, int activation_group, bool activation_asymmetric, Tensor? bias=None) -> Tensor"
+)
 LIBRARY.define(f"matmul(Tensor x, {_PACKED}) -> Tensor")
 LIBRARY.define(f"embedding(Tensor indices, {_PACKED}, ScalarType dtype) -> Tensor")
 
@@ -25,6 +29,13 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     if _nobody_watches(x, bias):
         return _linear(x, weight, bias)
     return torch.ops.llmquant.linear(x, *weight, bias)
+
+
+def linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None = None) -> Tensor:
+    """`linear` of x in int8 codes (see `primitives.dynamic`); gradients are those of `linear`: straight through."""
+    if _nobody_watches(x, bias):
+        return _linear_int8(x, weight, activation, bias)
+    return torch.ops.llmquant.linear_int8(x, *weight, activation.group, activation.asymmetric, bias)
 
 
 def matmul(x: Tensor, weight: Packed) -> Tensor:
@@ -81,16 +92,29 @@ def _check_float_input(name: str, x: Tensor, width: int) -> None:
         raise RuntimeError(f"llmquant::{name}: input {tuple(x.shape)} does not end in {width}")
 
 
+def _check_linear(name: str, x: Tensor, weight: Packed, bias: Tensor | None) -> None:
+    check_packed(weight)
+    _check_float_input(name, x, weight.columns)
+    if bias is not None and bias.shape != (weight.rows,):
+        raise RuntimeError(f"llmquant::{name}: bias {tuple(bias.shape)} does not fit {weight.rows} rows")
+
+
 def _linear_op(x: Tensor, *args: Any) -> Tensor:
     return _linear(x, Packed(*args[:6]), args[6] if len(args) > 6 else None)
 
 
 def _linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
-    check_packed(weight)
-    _check_float_input("linear", x, weight.columns)
-    if bias is not None and bias.shape != (weight.rows,):
-        raise RuntimeError(f"llmquant::linear: bias {tuple(bias.shape)} does not fit {weight.rows} rows")
+    _check_linear("linear", x, weight, bias)
     return registry.backend(weight).linear(x, weight, bias)
+
+
+def _linear_int8_op(x: Tensor, *args: Any) -> Tensor:
+    return _linear_int8(x, Packed(*args[:6]), Activation(*args[6:8]), args[8] if len(args) > 8 else None)
+
+
+def _linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
+    _check_linear("linear_int8", x, weight, bias)
+    return registry.backend(weight).linear_int8(x, weight, activation, bias)
 
 
 def _matmul(x: Tensor, *args: Any) -> Tensor:
@@ -122,17 +146,22 @@ def _embedding_fake(indices: Tensor, *args: Any) -> Tensor:
     return indices.new_empty(*indices.shape, Packed(*args[:6]).columns, dtype=args[6])
 
 
-def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.weight = Packed(*inputs[1:7])
-    ctx.bias_dtype = inputs[7].dtype if len(inputs) > 7 and inputs[7] is not None else None
+    ctx.count = len(inputs)  # a bias comes last, or is left out
+    ctx.bias_dtype = inputs[-1].dtype if isinstance(inputs[-1], Tensor) else None
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = matmul(grad, ctx.weight) if ctx.needs_input_grad[0] else None
     grad_bias = None
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[7]:  # without a bias there is no eighth input
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[ctx.count - 1]:
         grad_bias = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype)
-    return grad_x, None, None, None, None, None, None, grad_bias
+    return grad_x, *[None] * (ctx.count - 2), grad_bias
+
+
+def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.weight = Packed(*inputs[1:7])
 
 
 def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -141,10 +170,12 @@ def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 for _name, _impl, _fake in (
     ("linear", _linear_op, _linear_fake),
+    ("linear_int8", _linear_int8_op, _linear_fake),
     ("matmul", _matmul, _matmul_fake),
     ("embedding", _embedding, _embedding_fake),
 ):
     LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"llmquant::{_name}", _fake, lib=LIBRARY)
-torch.library.register_autograd("llmquant::linear", _linear_backward, setup_context=_save_weight, lib=LIBRARY)
+for _name in ("linear", "linear_int8"):
+    torch.library.register_autograd(f"llmquant::{_name}", _linear_backward, setup_context=_save_linear, lib=LIBRARY)
 torch.library.register_autograd("llmquant::matmul", _matmul_backward, setup_context=_save_weight, lib=LIBRARY)

@@ -1,15 +1,20 @@
 """The reference in plain aten: it defines what is correct, and serves where no faster kernel does.
 
-Weights are decoded to float32 a panel of rows at a time; products and sums are float32.
+Weights are decoded to float32 a panel of rows at a time; products and sums are float32. With int8 activations the
+products within a block are exact, and only their scaling is float32.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llmquant.kernels.packed import Packed
+from llmquant.primitives.dynamic import Activation, quantize_activation, steps
 
 
 def refusal(format_name: str, block: tuple[int, int], columns: int, device: str) -> str | None:
@@ -24,6 +29,32 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     for start, stop in weight.panels():
         part = None if bias is None else bias[start:stop].float()
         out[..., start:stop] = F.linear(wide, weight.panel(start, stop).dequantize(), part)
+    return out
+
+
+def linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
+    """x [..., K] -> x^ @ weight.T + bias, [..., N] in x's dtype, x^ being x in int8 codes (see `primitives.dynamic`).
+
+    Where one scale of x and one of the weight hold, the sum of (code of x - zero) * (weight at scale 1) is exact. It is
+    rounded once to float32, multiplied there by the scale of x and then by that of the weight, and added up in float32.
+    """
+    quantized = quantize_activation(x.reshape(x.shape[:-1].numel(), weight.columns), activation)
+    # Float64 sums are exact in any order while they stay below 2^53 units. Codes are integers below 2^8; weights at
+    # scale 1 are multiples of 1/2 below 2^8 (integers), of 2^-9 below 2^9 (e4m3) or of 2^-16 below 2^16 (e5m2, which
+    # is exact for blocks of up to 2^13 columns, and beyond them rounded where float32 does not see it).
+    left, width = steps(quantized, activation).double(), activation.width(weight.columns)
+    out = x.new_empty(*x.shape[:-1], weight.rows)
+    for start, stop in weight.panels():
+        panel = weight.panel(start, stop)
+        right = panel._replace(scale=torch.ones_like(panel.scale)).dequantize().double()
+        row_scale = panel.scale.float().repeat_interleave(weight.block[0], 0)[: panel.rows].T  # [G, rows]
+        total = torch.zeros(left.shape[0], panel.rows, dtype=torch.float32, device=x.device)
+        for first, last in _cuts(weight.columns, weight.block[1], width):
+            sums = (left[:, first:last] @ right[:, first:last].T).float()
+            total += sums.mul_(quantized.scale[:, first // width, None]).mul_(row_scale[first // weight.block[1]])
+        if bias is not None:
+            total += bias[start:stop].float()
+        out[..., start:stop] = total.reshape(*x.shape[:-1], panel.rows)
     return out
 
 
@@ -47,3 +78,8 @@ def embedding(indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
         block=(1, weight.block[1]),
     )
     return rows.dequantize().to(dtype).reshape(*indices.shape, weight.columns)
+
+
+def _cuts(columns: int, *widths: int) -> Iterator[tuple[int, int]]:
+    """The ranges of columns within which no block of any of these widths ends."""
+    return pairwise(sorted({columns}.union(*(range(0, columns, width) for width in widths))))

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmquant.errors import ConfigError
 from llmquant.kernels import cpu, reference
 from llmquant.kernels.packed import Packed
-
+from llmquant.primitives.dynamic import Activation
 
 
 class Backend(Protocol):
@@ -25,8 +25,8 @@ class Backend(Protocol):
     def linear(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
 
-    def linear_int8(self, x: Tensor, weight: Packed, group: int, asymmetric: bool, bias: Tensor | None) -> Tensor:
-        """The same with activations as int8 codes, a scale for every `group` columns of a token (0: for all)."""
+    def linear_int8(self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
+        """The same with x in int8 codes, by the rule of `primitives.dynamic`."""
 
     def matmul(self, x: Tensor, weight: Packed) -> Tensor:
         """x [..., N] -> x @ weight, [..., K] in x's dtype."""

@@ -48,6 +48,17 @@ class PerToken(Granularity):
     """One scale per token of an activation. Not a granularity of weights."""
 
 
+@dataclass(frozen=True)
+class PerTokenGroup(Granularity):
+    """One scale per `group_size` neighbours of a token of an activation; the last group of a token may be shorter."""
+
+    group_size: int
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1:
+            raise ConfigError(f"group_size must be at least 1, not {self.group_size}")
+
+
 def PerRow() -> PerAxis:
     """One scale per output row: another name of `PerAxis(0)`."""
     return PerAxis(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmquant.formats import Format
+from llmquant.primitives.dynamic import Activation
 from llmquant.tensor import ops as _ops  # noqa: F401  (fills the dispatch tables)
 from llmquant.tensor.affine import AffineTensor, Int4Tensor, Int8Tensor, IntxTensor
 from llmquant.tensor.base import Meta, QuantizedTensor, _rebuild
@@ -19,6 +20,6 @@ def tensor_class(fmt: Format) -> type[QuantizedTensor]:
     return next((named for named in NAMED if fmt.name in named.formats), STORAGE[fmt.storage])
 
 
-torch.serialization.add_safe_globals([*STORAGE.values(), *NAMED, Meta, _rebuild])
+torch.serialization.add_safe_globals([*STORAGE.values(), *NAMED, Activation, Meta, _rebuild])
 
 __all__ = ["NAMED", "STORAGE", "AffineTensor", "Meta", "QuantizedTensor", "ScaledTensor", "tensor_class"]

@@ -14,6 +14,7 @@ from llmquant.errors import UnsupportedOpError
 from llmquant.formats import Format, get_format
 from llmquant.kernels import registry
 from llmquant.kernels.packed import Packed
+from llmquant.primitives.dynamic import Activation
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,14 @@ class Meta:
         block: (rows, columns) of the logical [out, in] matrix that share a scale.
         columns: length of a logical row, in weights.
         transposed: whether the tensor stands as [..., in, out].
+        activation: how the input of a product is quantized; None leaves it as it is.
     """
 
     format: str
     block: tuple[int, int]
     columns: int
     transposed: bool = False
+    activation: Activation | None = None
 
 
 class QuantizedTensor(torch.Tensor):
@@ -135,6 +138,7 @@ class QuantizedTensor(torch.Tensor):
         m = self.meta
         group = "x".join(map(str, m.block))
         extra = ", transposed" if m.transposed else ""
+        extra += f", activation={m.activation.scheme}" if m.activation else ""
         return (
             f"{type(self).__name__}({m.format}, shape={tuple(self.shape)}, block={group}, "
             f"scale={str(self.scale.dtype).removeprefix('torch.')}, "

@@ -42,12 +42,15 @@ def dispatch(*packets: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]
 
 @function(F.linear)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """input @ weight.T + bias for a quantized weight."""
+    """input @ weight.T + bias for a quantized weight, with the input quantized as the weight says."""
     if not isinstance(weight, QuantizedTensor) or isinstance(input, QuantizedTensor) or weight.qdata.dim() != 2:
         return unsupported("linear", input, weight)
     if weight.meta.transposed:
+        # Sums here run over the logical rows; `activation` is said of inputs along the columns, so this one stays.
         out = ops.matmul(input, weight.packed())
         return out if bias is None else out + bias
+    if weight.meta.activation is not None:
+        return ops.linear_int8(input, weight.packed(), weight.meta.activation, bias)
     return ops.linear(input, weight.packed(), bias)
 
 
@@ -61,7 +64,10 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """Rows of a quantized table, decoded to its dtype. Options about gradients do not matter: the table is frozen."""
+    """Rows of a quantized table, decoded to its dtype.
+
+    Options about gradients do not matter: the table is frozen. Nor does `activation`: indices are no activations.
+    """
     del padding_idx, norm_type, scale_grad_by_freq, sparse
     if max_norm is not None:
         raise UnsupportedOpError("max_norm would rewrite the quantized table in place", where=repr(weight))

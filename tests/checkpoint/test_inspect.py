@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def test_bytes_and_elements_are_those_of_files_and_model(family: str, folders: F
             weight.nbytes,
         )
         assert (row.kernel, row.reason) == tuple(weight.kernel())
+        assert row.activation == ""
         assert row.scale == str(weight.scale.dtype).removeprefix("torch.") + "+zero" * (weight.zero_point is not None)
     bytes_, elements = (sum(getattr(row, name) for row in rows.values()) for name in ("bytes", "elements"))
     assert totals["bits_per_quantized_weight"] == 8 * bytes_ / elements
@@ -44,6 +46,16 @@ def test_bytes_and_elements_are_those_of_files_and_model(family: str, folders: F
 def test_quantized_weights_come_first(folders: Folders) -> None:
     flags = [row.quantized for row in inspect_checkpoint(folders.quantized("llama")).rows]
     assert flags == sorted(flags, reverse=True) and True in flags and False in flags
+
+
+def test_activations_are_shown_and_cost_no_bytes(folders: Folders) -> None:
+    found = inspect_checkpoint(folders.quantized("llama", "a8-g48-asym-int4-g32"))
+    plain = inspect_checkpoint(folders.quantized("llama", "int4-g32"))
+    rows = [row for row in found.rows if row.quantized]
+    assert rows and {row.activation for row in rows} == {"a8-g48-asym"}
+    assert {row.activation for row in found.rows if not row.quantized} == {""}
+    assert found.totals() == plain.totals()
+    assert [replace(row, activation="") for row in found.rows] == list(plain.rows)
 
 
 @pytest.mark.parametrize("shape", [Shape.single, Shape.sharded])

@@ -15,7 +15,9 @@ from torch import nn
 
 from llmquant import quantize_
 from llmquant.checkpoint.state import assemble, component_key, components, describe, expected, logical_shape, state_dict
+from llmquant.config.schemes import parse_scheme
 from llmquant.errors import CheckpointError
+from llmquant.primitives.dynamic import Activation
 from llmquant.quantize import quantize_weight
 from llmquant.tensor import QuantizedTensor, tensor_class
 
@@ -129,3 +131,50 @@ def test_a_deep_copy_has_the_same_state(folders: Folders) -> None:
 def test_a_plain_model_has_no_entries() -> None:
     tensors, entries = state_dict(build("llama"))
     assert entries == {} and "lm_head.weight" in tensors
+
+
+# --- activations ------------------------------------------------------------------------------------------
+
+
+def with_activation(scheme: str, shape: tuple[int, ...] = (4, 70), transposed: bool = False) -> QuantizedTensor:
+    return quantize_weight(make_weight(shape), parse_scheme(scheme).with_algorithm("rtn"), transposed=transposed)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("activation", [Activation(32), Activation(0), Activation(48, True)], ids=lambda a: a.scheme)
+@pytest.mark.parametrize("stem", ["int4-g32", "int3-g24-asym", "float8"])
+def test_an_entry_names_the_activation_and_nothing_else_changes(
+    stem: str, activation: Activation, transposed: bool
+) -> None:
+    weight, plain = (with_activation(s, transposed=transposed) for s in (f"{activation.scheme}-{stem}", stem))
+    entry = describe(weight)
+    assert entry == {**describe(plain), "activation": activation.to_dict()}
+    assert "activation" not in describe(plain)
+    tensors = components("w", weight)
+    assert_same({k: raw(t) for k, t in tensors.items()}, {k: raw(t) for k, t in components("w", plain).items()})
+    back = assemble("w", entry, tensors, torch.float32)
+    assert back.meta == weight.meta and back.meta.activation == activation
+    assert assemble("w", describe(plain), tensors, torch.float32).meta.activation is None
+
+
+UNREADABLE: dict[str, Any] = {
+    "another dtype": {"dtype": "float8", "group": 32, "asymmetric": False},
+    "a field too many": {"dtype": "int8", "group": 32, "asymmetric": False, "static": True},
+    "a field too few": {"dtype": "int8", "group": 32},
+    "a negative group": {"dtype": "int8", "group": -1, "asymmetric": False},
+    "a scheme": "a8",
+    "null": None,
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_an_activation_that_is_not_known_is_refused_and_not_ignored(name: str) -> None:
+    weight = with_activation("a8-int4-g32")
+    entry = {**describe(weight), "activation": UNREADABLE[name]}
+    for call in (
+        lambda: expected("m.w", entry),
+        lambda: assemble("m.w", entry, components("m.w", weight), torch.float32),
+    ):
+        with pytest.raises(CheckpointError, match="manifest says of a weight") as caught:
+            call()
+        assert "m.w" in str(caught.value) and "later llmquant" in str(caught.value)

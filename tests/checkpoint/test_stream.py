@@ -105,6 +105,23 @@ def test_equals_it_where_the_file_has_the_models_own_names(family: str, folders:
     assert_same(disk(streamed), disk(folders.quantized(family)))
 
 
+A8 = rtn(
+    {
+        "_head": "a8-asym-int8",
+        "_embedding": "a8-asym-int8",
+        "?re:.*q_proj": "a8-token-float8",
+        "_default": "a8-int4-g32",
+    }
+)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt-oss"])
+def test_equals_it_with_quantized_activations(family: str, folders: Folders, tmp_path: Path) -> None:
+    streamed, memory = both(folders(family), tmp_path, A8)
+    assert_equal(streamed, memory)
+    assert all("activation" in entry for entry in manifest(streamed)["weights"].values())
+
+
 def test_equals_it_with_the_default_algorithm(tmp_path: Path) -> None:
     source = save("llama", tmp_path / "source", num_hidden_layers=1)
     assert_equal(*both(source, tmp_path, {"_default": "int4-g32", "_embedding": "int2-row-asym"}))

@@ -77,6 +77,14 @@ def quantized(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_quantized_activations_are_reported_and_inspected(plain: Path, tmp_path: Path) -> None:
+    status, out, _ = run("quantize", plain, "-o", tmp_path / "q", "--recipe", "a8-token-int4-g64", "--algorithm", "rtn")
+    assert status == 0 and "a8-token-int4-g64" in out
+    assert "a8-token-int4" in run("inspect", tmp_path / "q")[1]
+    rows = json.loads(run("inspect", tmp_path / "q", "--json", "-")[1])["weights"]
+    assert {(row["format"], row["activation"]) for row in rows if row["block"]} == {("int4", "a8-token")}
+
+
 @pytest.mark.parametrize("recipe", [r.name for r in list_recipes()])
 def test_every_recipe_quantizes_from_the_command_line(plain: Path, tmp_path: Path, recipe: str) -> None:
     status, out, _ = run("quantize", plain, "-o", tmp_path / "q", "--recipe", recipe, "--json", tmp_path / "r.json")

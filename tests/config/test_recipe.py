@@ -19,7 +19,7 @@ from llmquant.config.recipe import (
     to_pairs,
     with_algorithm,
 )
-from llmquant.config.schemes import Int4WeightOnlyConfig, WeightOnlyConfig, parse_scheme
+from llmquant.config.schemes import Int4WeightOnlyConfig, QuantConfig, parse_scheme
 from llmquant.errors import ConfigError
 from llmquant.formats import FORMATS
 from llmquant.quantize import quantize_
@@ -60,7 +60,7 @@ def test_a_shipped_recipe_is_complete(name: str) -> None:
     assert recipe.name == name and recipe.description and "_default" in dict(recipe.config.items())
     assert to_config(name) == recipe.config == to_config(recipe)
     assert to_config(to_pairs(recipe.config)) == recipe.config
-    if name in FORMATS or name.split("-g")[0] in FORMATS:
+    if name in FORMATS or name.removeprefix("a8-").split("-g")[0] in FORMATS:
         assert dict(recipe.config.items())["_default"] == parse_scheme(name)  # the name of a scheme means the scheme
 
 
@@ -102,6 +102,23 @@ def test_a_recipe_means_what_it_says(tmp_path: Path) -> None:
     assert list(dict(recipe.config.items())) == list(expected)  # the order decides
 
 
+def test_a_recipe_can_name_activations(tmp_path: Path) -> None:
+    text = """
+llmquant_recipe: 1
+algorithm: rtn
+weights:
+  _head: a8-token-asym-int8
+  _default: {format: int4, activation: {dtype: int8, group: 64, asymmetric: false}}
+"""
+    config = load_recipe(write(tmp_path, text)).config
+    assert {key: value.scheme for key, value in config.items()} == {
+        "_head": "a8-token-asym-int8",
+        "_default": "a8-g64-int4",
+    }
+    assert {value.algorithm for _, value in config.items()} == {"rtn"}
+    assert to_config(to_pairs(config)) == config
+
+
 @pytest.mark.parametrize("kind", ["path", "text", "mapping", "recipe", "config"])
 def test_to_config_takes_what_users_have(kind: str, tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
@@ -125,11 +142,17 @@ def test_to_config_takes_what_users_have(kind: str, tmp_path: Path) -> None:
         (Int4WeightOnlyConfig(64), {"_default": parse_scheme("int4-g64")}),
         ({"_head": "int8", "_default": None}, {"_head": parse_scheme("int8"), "_default": None}),
         ({"_default": {"format": "int3", "group_size": 32}}, {"_default": parse_scheme("int3-g32")}),
+        ("a8-token-int4-g64", {"_default": parse_scheme("a8-token-int4-g64")}),
+        (parse_scheme("a8-float8"), {"_default": parse_scheme("a8-float8")}),
+        (
+            {"_head": "a8-asym-int8", "_default": "int8"},
+            {"_head": parse_scheme("a8-asym-int8"), "_default": parse_scheme("int8")},
+        ),
         ({"_default": Int4WeightOnlyConfig()}, {"_default": parse_scheme("int4")}),
     ],
     ids=str,
 )
-def test_to_config_of_schemes_configs_and_mappings(source: Any, expected: dict[str, WeightOnlyConfig | None]) -> None:
+def test_to_config_of_schemes_configs_and_mappings(source: Any, expected: dict[str, QuantConfig | None]) -> None:
     found = to_config(source)
     assert isinstance(found, FqnToConfig) and found == FqnToConfig(expected)
     assert to_config(to_pairs(found)) == found

@@ -13,10 +13,14 @@ from hypothesis import strategies as st
 
 from llmquant.config.schemes import (
     SCALE_DTYPES,
+    DynamicActivationConfig,
     Float8WeightOnlyConfig,
     Int4WeightOnlyConfig,
+    Int8DynamicActivationInt4WeightConfig,
+    Int8DynamicActivationIntxWeightConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
+    QuantConfig,
     WeightOnlyConfig,
     from_dict,
     parse_config,
@@ -24,23 +28,37 @@ from llmquant.config.schemes import (
 )
 from llmquant.errors import ConfigError, LlmQuantError
 from llmquant.formats import FORMATS
-from llmquant.primitives.granularity import MappingType, PerAxis, PerGroup, PerRow, PerTensor, PerToken
+from llmquant.primitives.dynamic import Activation
+from llmquant.primitives.granularity import (
+    MappingType,
+    PerAxis,
+    PerGroup,
+    PerRow,
+    PerTensor,
+    PerToken,
+    PerTokenGroup,
+)
 
 ASYM = MappingType.ASYMMETRIC
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> WeightOnlyConfig:
+def configs(draw: st.DrawFn) -> QuantConfig:
     row = FORMATS[draw(st.sampled_from(sorted(FORMATS)))]
     granularity = {"group": PerGroup(draw(st.integers(1, 4096))), "row": PerRow(), "tensor": PerTensor()}
-    return WeightOnlyConfig(
+    return QuantConfig(
         row.name,
         granularity[draw(st.sampled_from(row.granularities))],
         draw(st.sampled_from(list(MappingType) if row.asymmetric else [MappingType.SYMMETRIC])),
         draw(st.sampled_from([None, *SCALE_DTYPES.values()])),
         draw(st.sampled_from([None, *row.algorithms])),
+        draw(st.one_of(st.none(), st.builds(Activation, st.sampled_from([0, 1, 32, 48, 4096]), st.booleans()))),
     )
+
+
+def a8(activation: Activation, *weight: Any) -> DynamicActivationConfig:
+    return DynamicActivationConfig(*weight, activation=activation)
 
 
 # --- the grammar ------------------------------------------------------------------------------------------
@@ -64,12 +82,25 @@ GRAMMAR = [
     ("float8-tensor", WeightOnlyConfig("float8", PerTensor())),
     ("float8-e5m2", WeightOnlyConfig("float8-e5m2", PerRow())),
     ("float8-e5m2-tensor-sym", WeightOnlyConfig("float8-e5m2", PerTensor())),
+    ("a8-int4", a8(Activation(32), "int4")),
+    ("a8-int4-g32", a8(Activation(32), "int4", PerGroup(32))),
+    ("a8-sym-int4-g32", a8(Activation(32), "int4", PerGroup(32))),
+    ("a8-g32-sym-int4-g32", a8(Activation(32), "int4", PerGroup(32))),
+    ("a8-int3-g64-asym", a8(Activation(32), "int3", PerGroup(64), ASYM)),
+    ("a8-int8-row", a8(Activation(32), "int8")),
+    ("a8-g64-int4-g32", a8(Activation(64), "int4", PerGroup(32))),
+    ("a8-asym-int4-g32", a8(Activation(32, True), "int4", PerGroup(32))),
+    ("a8-asym-int4-g32-asym", a8(Activation(32, True), "int4", PerGroup(32), ASYM)),
+    ("a8-token-int8", a8(Activation(0), "int8")),
+    ("a8-token-asym-int8-tensor", a8(Activation(0, True), "int8", PerTensor())),
+    ("a8-g1-asym-float8-e5m2", a8(Activation(1, True), "float8-e5m2")),
 ]
 
 
 @pytest.mark.parametrize(("scheme", "config"), GRAMMAR, ids=[scheme for scheme, _ in GRAMMAR])
-def test_schemes_and_what_they_mean(scheme: str, config: WeightOnlyConfig | None) -> None:
+def test_schemes_and_what_they_mean(scheme: str, config: QuantConfig | None) -> None:
     assert parse_scheme(scheme) == config == parse_config(scheme)
+    assert type(parse_scheme(scheme)) is type(config)
     if config is not None:
         assert parse_scheme(config.scheme) == config and str(config) == config.scheme
 
@@ -84,19 +115,17 @@ def test_the_name_of_a_format_is_a_scheme_with_its_defaults(name: str) -> None:
 
 
 @given(configs())
-def test_a_scheme_says_format_granularity_and_mapping(config: WeightOnlyConfig) -> None:
+def test_a_scheme_says_format_granularity_mapping_and_activation(config: QuantConfig) -> None:
     found = parse_scheme(config.scheme)
-    assert (found.format, found.granularity, found.mapping_type) == (
-        config.format,
-        config.granularity,
-        config.mapping_type,
-    )
+    for name in ("format", "granularity", "mapping_type", "activation"):
+        assert getattr(found, name) == getattr(config, name)
     assert parse_scheme(found.scheme) == found and found.scheme == config.scheme
 
 
 @given(configs())
-def test_json_round_trip(config: WeightOnlyConfig) -> None:
+def test_json_round_trip(config: QuantConfig) -> None:
     plain = json.loads(json.dumps(config.to_dict()))
+    assert ("activation" in plain) == (config.activation is not None)
     found = from_dict(plain)
     assert found == config and hash(found) == hash(config) and found.to_dict() == plain
     assert parse_config(plain) == config
@@ -104,17 +133,17 @@ def test_json_round_trip(config: WeightOnlyConfig) -> None:
 
 
 @given(configs(), configs())
-def test_equal_means_the_same_in_every_field(a: WeightOnlyConfig, b: WeightOnlyConfig) -> None:
+def test_equal_means_the_same_in_every_field(a: QuantConfig, b: QuantConfig) -> None:
     same = all(
         getattr(a, name) == getattr(b, name)
-        for name in ("format", "granularity", "mapping_type", "scale_dtype", "algorithm")
+        for name in ("format", "granularity", "mapping_type", "scale_dtype", "algorithm", "activation")
     )
     assert (a == b) == same
     assert a != "int4" and a != None  # noqa: E711
 
 
 @given(configs(), st.integers(1, 500), st.integers(1, 5000))
-def test_spec(config: WeightOnlyConfig, rows: int, columns: int) -> None:
+def test_spec(config: QuantConfig, rows: int, columns: int) -> None:
     spec = config.spec(rows, columns)
     assert spec.format is FORMATS[config.format] and spec.scale_dtype == config.scale_dtype
     expected = {"PerAxis": (1, columns), "PerTensor": (rows, columns)}
@@ -150,10 +179,22 @@ def test_scales_are_float16_for_groups_and_float32_elsewhere() -> None:
         (Float8WeightOnlyConfig(), "float8"),
         (Float8WeightOnlyConfig(E5M2), "float8-e5m2"),
         (Float8WeightOnlyConfig(E4M3, PerTensor()), "float8-tensor"),
+        (DynamicActivationConfig("int5"), "a8-int5"),
+        (Int8DynamicActivationInt4WeightConfig(), "a8-int4-g32"),
+        (Int8DynamicActivationInt4WeightConfig(64, PerToken()), "a8-token-int4-g64"),
+        (Int8DynamicActivationInt4WeightConfig(act_mapping_type=ASYM), "a8-asym-int4-g32"),
+        (Int8DynamicActivationInt4WeightConfig(mapping_type=ASYM), "a8-int4-g32-asym"),
+        (Int8DynamicActivationIntxWeightConfig(), "a8-token-asym-int8-g32"),
+        (
+            Int8DynamicActivationIntxWeightConfig(
+                torch.int3, PerRow(), ASYM, None, MappingType.SYMMETRIC, PerTokenGroup(64)
+            ),
+            "a8-g64-int3-asym",
+        ),
     ],
     ids=str,
 )
-def test_named_configs_are_typed_fronts(named: WeightOnlyConfig, scheme: str) -> None:
+def test_named_configs_are_typed_fronts(named: QuantConfig, scheme: str) -> None:
     plain = parse_scheme(scheme)
     assert named == plain and plain == named and hash(named) == hash(plain)
     assert named.scheme == scheme and from_dict(named.to_dict()) == named
@@ -165,6 +206,10 @@ def test_named_configs_pass_on_what_schemes_cannot_say() -> None:
     assert config == WeightOnlyConfig("int4", PerGroup(64), scale_dtype=torch.bfloat16, algorithm="rtn")
     assert config != parse_scheme("int4-g64") and config.scheme == "int4-g64"
     assert IntxWeightOnlyConfig(torch.int5, algorithm="rtn").algorithm == "rtn"
+    a8 = Int8DynamicActivationInt4WeightConfig(scale_dtype=torch.float32, algorithm="rtn")
+    assert (a8.scale_dtype, a8.algorithm, a8.activation) == (torch.float32, "rtn", Activation(32))
+    a8 = Int8DynamicActivationIntxWeightConfig(weight_scale_dtype=torch.bfloat16, algorithm="rtn")
+    assert (a8.scale_dtype, a8.algorithm, a8.activation) == (torch.bfloat16, "rtn", Activation(0, True))
     assert Int8WeightOnlyConfig(PerGroup(32), scale_dtype=torch.float16).scale_dtype == torch.float16
 
 
@@ -181,6 +226,8 @@ def test_configs_do_not_change() -> None:
 
 def test_another_algorithm() -> None:
     assert parse_scheme("int4-g64").with_algorithm("rtn") == Int4WeightOnlyConfig(64, algorithm="rtn")
+    a8 = parse_scheme("a8-g64-int4").with_algorithm("rtn")
+    assert (a8.algorithm, a8.scheme) == ("rtn", "a8-g64-int4")
     float8 = parse_scheme("float8")
     assert float8.with_algorithm("search") == float8
 
@@ -196,6 +243,8 @@ def test_another_algorithm() -> None:
         ({"format": "int4", "granularity": "group-64"}, "int4-g64"),
         ({"format": "int4", "granularity": "row", "mapping_type": "asymmetric"}, "int4-row-asym"),
         ({"format": "float8", "granularity": "tensor", "scale_dtype": "float32"}, "float8-tensor"),
+        ({"format": "int4", "activation": {"dtype": "int8", "group": 0, "asymmetric": True}}, "a8-token-asym-int4"),
+        ({"format": "int4", "activation": None}, "int4"),
         ({"format": "int4", "algorithm": "search", "scale_dtype": None, "granularity": None}, "int4"),
     ],
     ids=str,
@@ -234,6 +283,19 @@ BAD_SCHEMES = {
     "float8-asym": "symmetric only",
     "float8-g64": "no scales per group",
     "float8-e4m3": "-e4m3",
+    "a8": "a8-int4-g32",
+    "a8-": "int4",
+    "a8int4": "a8-int4-g32",
+    "a8-none": "'none'",
+    "a8-g0-int4": "at least 1",
+    "a8-g4294967296-int4": "4294967296",
+    "a8-row-int4": "row-int4",
+    "a8-asym-g64-int4": "g64-int4",
+    "a8-token-g64-int4": "g64-int4",
+    "a8-a8-int4": "a8-int4",
+    "a8-int4-token": "-token",
+    "int4-a8": "-a8",
+    "A8-int4": "int4",
 }
 
 
@@ -254,10 +316,15 @@ def test_no_text_does_anything_but_parse_or_raise_a_config_error(text: str) -> N
     assert config is None or parse_scheme(config.scheme) == config
 
 
-@given(st.sampled_from(sorted(FORMATS)), st.text("-g0123456789rowtensaymi", max_size=12))
-def test_no_suffix_does_anything_but_parse_or_raise_a_config_error(name: str, suffix: str) -> None:
+@given(
+    st.sampled_from(["", "a8", "a8-"]),
+    st.one_of(st.just(""), st.text("-g0123456789tokenaysm", max_size=12)),
+    st.sampled_from(sorted(FORMATS)),
+    st.text("-g0123456789rowtensaymi", max_size=12),
+)
+def test_no_affix_does_anything_but_parse_or_raise_a_config_error(a8: str, infix: str, name: str, suffix: str) -> None:
     try:
-        config = parse_scheme(name + suffix)
+        config = parse_scheme(a8 + infix + name + suffix)
     except ConfigError:
         return
     assert config is not None and parse_scheme(config.scheme) == config
@@ -275,6 +342,13 @@ BAD_CONFIGS: dict[str, tuple[Any, str]] = {
     "no search for float8": (lambda: WeightOnlyConfig("float8", algorithm="search"), "rtn"),
     "no integer": (lambda: IntxWeightOnlyConfig(torch.float32), "torch.int4"),
     "no float8": (lambda: Float8WeightOnlyConfig(torch.int8), "float8_e4m3fn"),
+    "activations per row": (lambda: Int8DynamicActivationInt4WeightConfig(32, PerRow()), "PerToken"),
+    "activations of another dtype": (
+        lambda: from_dict({"format": "int4", "activation": {"dtype": "int4", "group": 32, "asymmetric": False}}),
+        "'dtype': 'int8'",
+    ),
+    "activations in short": (lambda: from_dict({"format": "int4", "activation": "a8"}), "'group': 32"),
+    "empty group of a token": (lambda: Int8DynamicActivationInt4WeightConfig(32, PerTokenGroup(0)), "at least 1"),
     "empty group": (lambda: Int4WeightOnlyConfig(0), "at least 1"),
     "no format": (lambda: from_dict({"group_size": 64}), "'format'"),
     "misspelt field": (lambda: from_dict({"format": "int4", "groupsize": 64}), "group_size"),

@@ -38,6 +38,7 @@ from llmquant import FqnToConfig, Int4WeightOnlyConfig, LlmQuantConfig, Quantize
 from llmquant.checkpoint.manifest import verify
 from llmquant.errors import BadWeightError, CheckpointError, ConfigError, NothingToQuantizeError, UnmatchedKeyError
 from llmquant.integrations.transformers import load_tokenizer
+from llmquant.primitives.dynamic import Activation
 
 families = pytest.mark.parametrize("family", FAMILIES)
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
@@ -64,6 +65,35 @@ def test_a_reload_equals_what_was_saved(family: str, folders: Folders) -> None:
     assert_same(state(again), state(model))
     assert torch.equal(logits(again), logits(model))
     assert not logits(again).isnan().any() and logits(again).std() > 0.01
+
+
+A8, WITHOUT = (
+    rtn({"_embedding": f"{prefix}int8", "_default": f"{prefix}int4-g32"}) for prefix in ("a8-token-asym-", "")
+)
+
+
+@families
+def test_quantized_activations_survive_saving_and_change_what_the_model_says(
+    family: str, folders: Folders, tmp_path: Path
+) -> None:
+    model = quantized_in_memory(folders(family), A8)
+    report = model.hf_quantizer.report
+    assert {w.scheme for w in report.quantized.values()} == {"a8-token-asym-int8", "a8-token-asym-int4-g32"}
+    model.save_pretrained(tmp_path / "a8")
+    again = load(tmp_path / "a8")
+    assert_same(state(again), state(model))
+    assert torch.equal(logits(again), logits(model))
+    assert {w.meta.activation for _, w in weights(again)} == {Activation(0, True)}
+    again.save_pretrained(tmp_path / "again")
+    assert manifest(tmp_path / "again")["weights"] == manifest(tmp_path / "a8")["weights"]
+    assert_same(disk(tmp_path / "again"), disk(tmp_path / "a8"))
+    # The same weights without it: near, and not the same.
+    plain = quantized_in_memory(folders(family), WITHOUT)
+    assert codes(plain) == codes(model)
+    moved = (logits(plain) - logits(model)).norm() / logits(plain).norm()
+    assert 1e-3 < moved < 0.2
+    while_loading = load(folders(family), quantization_config=LlmQuantConfig(A8))
+    assert torch.equal(logits(while_loading), logits(model))
 
 
 @families

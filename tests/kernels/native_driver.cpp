@@ -54,9 +54,9 @@ uint32_t code_at(const uint8_t* row, int bits, int64_t i) {
 double value_at(const Matrix& w, int64_t row, int64_t k) {
     const int64_t g = k / w.group;
     const uint32_t code = code_at(w.qdata + row * w.row_bytes, w.bits, k);
-    const double scale = load_float(w.scale, row * w.scale_step + g, w.scale_type);
+    const double scale = load_float(w.scale, row / w.shared * w.groups + g, w.scale_type);
     if (w.table) return w.table[code] * scale;
-    const double zero = w.zero_point ? code_at(w.zero_point + row * w.zero_step, w.bits, g) : w.midpoint;
+    const double zero = w.zero_point ? code_at(w.zero_point + row / w.shared * zero_bytes(w), w.bits, g) : w.midpoint;
     return (code - zero) * scale;
 }
 
@@ -102,15 +102,14 @@ bool run_case(const std::vector<std::string>& names, const std::vector<int32_t>&
     w.group = pick(0, 4) == 0 ? w.columns : std::min(w.columns, unit * pick(1, 6));
     w.groups = (w.columns + w.group - 1) / w.group;
     w.row_bytes = (w.columns * w.bits + 7) / 8;
-    const bool table = w.bits == 8 && pick(0, 2) == 0, shared = w.groups == 1 && pick(0, 3) == 0;
+    const bool table = w.bits == 8 && pick(0, 2) == 0, shared = pick(0, 3) == 0;
     const bool zeros = !table && pick(0, 1);
-    const int64_t scale_rows = shared ? 1 : w.rows, zero_bytes = (w.groups * w.bits + 7) / 8;
-    w.scale_step = shared ? 0 : w.groups;
-    w.zero_step = shared ? 0 : zero_bytes;
+    w.shared = shared ? pick(1, w.rows) : 1;
+    const int64_t scale_rows = (w.rows + w.shared - 1) / w.shared;
     w.scale_type = static_cast<int32_t>(pick(0, 2));
     w.midpoint = w.bits == 1 ? 0.5f : static_cast<float>(1 << (w.bits - 1));
     Guarded qdata(w.rows * w.row_bytes), scale(scale_rows * w.groups * float_bytes(w.scale_type));
-    Guarded points(zeros ? scale_rows * zero_bytes : 0), values(256 * 4);
+    Guarded points(zeros ? scale_rows * zero_bytes(w) : 0), values(256 * 4);
     for (size_t i = 0; i < qdata.size; ++i) qdata.data[i] = static_cast<uint8_t>(random_bits());
     for (size_t i = 0; i < points.size; ++i) points.data[i] = static_cast<uint8_t>(random_bits());
     for (int64_t i = 0; i < scale_rows * w.groups; ++i) store_float(scale.data, i, w.scale_type, 0.01f * (1.5f + normal()));
@@ -144,7 +143,7 @@ bool run_case(const std::vector<std::string>& names, const std::vector<int32_t>&
         std::snprintf(text, sizeof text,
                       "%s: int%d%s %lld x %lld, group %lld, %s%s, scale type %d, %lld inputs of type %d, activation %d in %lld",
                       names[n].c_str(), w.bits, table ? " table" : "", (long long)w.rows, (long long)w.columns,
-                      (long long)w.group, zeros ? "asymmetric" : "symmetric", shared ? ", one scale" : "", w.scale_type,
+                      (long long)w.group, zeros ? "asymmetric" : "symmetric", shared ? ", rows share" : "", w.scale_type,
                       (long long)count, type, activation, (long long)group);
         at.text = text;
         Guarded out(count * w.rows * float_bytes(type)), decoded(w.rows * w.columns * float_bytes(type));

@@ -1,30 +1,46 @@
-"""The native kernels against the reference, for every width, shape and dtype; skipped where they cannot run."""
+"""Every set of native kernels against the reference, for every format, shape and dtype; skipped where it cannot run."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmquant.config.schemes import parse_scheme
 from llmquant.errors import ConfigError
 from llmquant.kernels import cpu, ops, reference, registry
 from llmquant.kernels.packed import Packed
+from llmquant.primitives.dynamic import Activation, dequantize_activation, quantize_activation
 from llmquant.primitives.metrics import compute_error
 from llmquant.quantize import quantize_weight
 from llmquant.tensor import QuantizedTensor
 
-pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The result against the same product in float64: what rounding the output to the dtype allows, and no more.
+# SQNR against the same product in float64: what rounding the output to the dtype allows, and no more.
 BOUNDS = {torch.float32: (115, 160), torch.float16: (62, 85), torch.bfloat16: (44, 65)}
-SHAPES = ((1, 4), (7, 576), (33, 100), (16, 8), (5, 1000), (3, 64), (2, 65))
+# Tiles round weights (and what int8 activations stand for) to bfloat16 once more.
+MANY = {torch.float32: 110, torch.float16: 60, torch.bfloat16: 42}
+SHAPES = ((1, 4), (7, 576), (33, 100), (16, 8), (3, 1000), (2, 65))
 SCHEMES = [
     *(f"int{bits}-g32{zero}" for bits in range(1, 9) for zero in ("", "-asym")),
-    *(f"int4-{group}{zero}" for group in ("g4", "g16", "g24", "g40", "g96", "g128", "row") for zero in ("", "-asym")),
-    *(f"int{bits}-{group}" for bits in (3, 8) for group in ("g12", "g48", "row-asym", "row")),
+    *(f"int4-{group}{zero}" for group in ("g4", "g10", "g16", "g24", "g40", "row", "tensor") for zero in ("", "-asym")),
+    *(f"int{bits}-{group}" for bits in (3, 8) for group in ("g12", "g48", "row-asym", "row", "tensor")),
+    *(f"{kind}-{group}" for kind in ("float8", "float8-e5m2") for group in ("row", "tensor")),
 ]
+ACTIVATIONS = [Activation(group, asymmetric) for group in (0, 20, 32, 64) for asymmetric in (False, True)]
+
+every_backend = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(native.missing is not None, reason=str(native.missing)))
+        for name, native in cpu.BACKENDS.items()
+    ],
+)
 
 
 def weight_of(scheme: str, rows: int, columns: int) -> QuantizedTensor:
@@ -33,98 +49,199 @@ def weight_of(scheme: str, rows: int, columns: int) -> QuantizedTensor:
     return quantize_weight(torch.randn(rows, columns).bfloat16() * 0.02, config.with_algorithm("rtn"))
 
 
-def linear_on(backend: str, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
-    with registry.force(backend):
-        return ops.linear(x, weight, bias)
+def cases(backend: str, scheme: str) -> list[Packed]:
+    """Weights of every shape that the backend does not refuse."""
+    native = cpu.BACKENDS[backend]
+    found = [weight_of(scheme, *shape).packed() for shape in SHAPES]
+    return [w for w in found if native.refusal(w.format, w.block, w.columns, "cpu") is None]
 
 
+def assert_exact(found: Tensor, exact: Tensor, dtype: torch.dtype, count: int, case: object) -> None:
+    low, high = BOUNDS[dtype] if count <= 8 else (MANY[dtype], BOUNDS[dtype][1])
+    assert found.dtype == dtype and found.shape == exact.shape and found.isfinite().all()
+    error = compute_error(exact, found)
+    assert error > low, case
+    assert error < high or found.numel() < 40, ("too good: is the output really rounded?", case)
+
+
+@every_backend
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_decodes_bit_for_bit_as_the_reference(scheme: str) -> None:
-    for rows, columns in SHAPES:
-        weight = weight_of(scheme, rows, columns).packed()
+def test_rows_are_bit_for_bit_those_of_the_reference(backend: str, scheme: str) -> None:
+    for weight in cases(backend, scheme):
         exact = weight.dequantize()
+        indices = torch.randint(weight.rows, (2, 5))
         for dtype in DTYPES:
-            assert torch.equal(cpu.dequantize(weight, dtype), exact.to(dtype)), (rows, columns, dtype)
+            found = cpu.BACKENDS[backend].dequantize(weight, dtype)
+            assert torch.equal(found, exact.to(dtype)), (weight.rows, weight.columns, dtype)
+            picked = cpu.BACKENDS[backend].embedding(indices, weight, dtype)
+            assert torch.equal(picked, exact.to(dtype)[indices])
 
 
+@every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_linear_is_as_exact_as_its_dtype(scheme: str, dtype: torch.dtype) -> None:
-    low, high = BOUNDS[dtype]
-    for rows, columns in SHAPES:
-        weight = weight_of(scheme, rows, columns).packed()
-        for count in (1, 2, 3, 4, 5, 7):
-            x, bias = torch.randn(count, columns).to(dtype), torch.randn(rows)
-            found = linear_on("avx512", x, weight, bias)
-            exact = torch.nn.functional.linear(x.double(), weight.dequantize().double(), bias.double())
-            assert found.dtype == dtype and found.isfinite().all()
-            error = compute_error(exact, found)
-            assert error > low, (rows, columns, count)
-            assert error < high or found.numel() < 40, "too good: is the output really rounded?"
+def test_linear_is_as_exact_as_its_dtype(backend: str, scheme: str, dtype: torch.dtype) -> None:
+    for weight in cases(backend, scheme):
+        for count in (1, 2, 3, 4, 7, 9, 33):
+            x, bias = torch.randn(count, weight.columns).to(dtype), torch.randn(weight.rows)
+            with registry.force(backend):
+                found = ops.linear(x, weight, bias)
+            exact = F.linear(x.double(), weight.dequantize().double(), bias.double())
+            assert_exact(found, exact, dtype, count, (weight.rows, weight.columns, count))
 
 
+@every_backend
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.scheme)
+@pytest.mark.parametrize("scheme", SCHEMES[::3])
+def test_int8_activations_follow_the_code_rule(backend: str, scheme: str, activation: Activation) -> None:
+    for weight in cases(backend, scheme):
+        for dtype, count in ((torch.float32, 3), (torch.bfloat16, 5), (torch.float16, 1), (torch.bfloat16, 35)):
+            x, bias = torch.randn(count, weight.columns).to(dtype), torch.randn(weight.rows)
+            x[0, : weight.columns // 2] = 0
+            with registry.force(backend):
+                found = ops.linear_int8(x, weight, activation, bias)
+            seen = dequantize_activation(quantize_activation(x, activation), activation)
+            exact = F.linear(seen.double(), weight.dequantize().double(), bias.double())
+            assert_exact(found, exact, dtype, count, (weight.rows, weight.columns, count))
+
+
+@every_backend
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [0, 1, cpu._MOST_INPUTS, cpu._MOST_INPUTS + 1, 130])
-def test_any_number_of_inputs(count: int, dtype: torch.dtype) -> None:
-    weight = weight_of("int4-g32-asym", 48, 200).packed()
-    x = torch.randn(count, 200).to(dtype)
-    found, exact = linear_on("avx512", x, weight, None), linear_on("reference", x, weight, None)
-    assert found.shape == exact.shape == (count, 48)
-    # Beyond a few inputs bfloat16 weights are rounded once more.
-    assert (
-        count == 0 or compute_error(exact, found) > {torch.float32: 110, torch.float16: 60, torch.bfloat16: 42}[dtype]
-    )
+def test_what_is_not_finite_shows(backend: str, dtype: torch.dtype, poison: float) -> None:
+    weight = weight_of("int4-g32", 12, 96).packed()
+    for count in (1, 12):
+        x = torch.randn(count, 96).to(dtype)
+        x[0, 40] = poison
+        with registry.force(backend):
+            plain, dynamic = ops.linear(x, weight), ops.linear_int8(x, weight, Activation(32))
+        assert not plain[0].isfinite().any() and plain[1:].isfinite().all()
+        assert dynamic[0].isnan().all() and dynamic[1:].isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(200,), (2, 3, 200), (0, 200), (1, 1, 1, 200)])
-def test_leading_dimensions(shape: tuple[int, ...]) -> None:
-    weight, x = weight_of("int5-g40", 9, 200).packed(), torch.randn(shape)
-    torch.testing.assert_close(linear_on("avx512", x, weight, None), linear_on("reference", x, weight, None))
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 200), (200,), (2, 3, 200), (2, 0, 200), (1, 1, 1, 200)])
+def test_leading_dimensions(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    weight, x = weight_of("int5-g40", 9, 200).packed(), torch.randn(shape).to(dtype)
+    with registry.force(backend):
+        found = ops.linear(x, weight)
+    torch.testing.assert_close(found, reference.linear(x, weight, None))
 
 
-def test_inputs_and_weights_need_not_be_contiguous() -> None:
+@every_backend
+def test_inputs_and_weights_need_not_be_contiguous(backend: str) -> None:
     weight = weight_of("int4-g32", 12, 128)
-    x = torch.randn(128, 6).t()
-    part = weight[2:9].packed()
-    torch.testing.assert_close(linear_on("avx512", x, part, None), linear_on("reference", x, part, None))
+    x, part = torch.randn(128, 6).t(), weight[2:9].packed()
+    with registry.force(backend):
+        found = ops.linear(x, part)
+    torch.testing.assert_close(found, reference.linear(x, part, None))
 
 
-def test_the_number_of_threads_changes_nothing() -> None:
-    weight, x = weight_of("int3-g32", 70, 300).packed(), torch.randn(3, 300).bfloat16()
-    before = torch.get_num_threads()
-    found = []
+@every_backend
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_the_number_of_threads_changes_nothing(backend: str, count: int) -> None:
+    weight, x = weight_of("int3-g32", 70, 300).packed(), torch.randn(count, 300).bfloat16()
+    before, found = torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        found.append(linear_on("avx512", x, weight, None))
+        with registry.force(backend):
+            found.append((ops.linear(x, weight), ops.linear_int8(x, weight, Activation(32))))
     torch.set_num_threads(before)
-    assert torch.equal(*found)
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
-def test_matmul_is_the_transposed_product() -> None:
+@every_backend
+def test_matmul_is_the_transposed_product(backend: str) -> None:
     weight, x = weight_of("int6-g32-asym", 40, 90).packed(), torch.randn(5, 40)
-    torch.testing.assert_close(cpu.matmul(x, weight), reference.matmul(x, weight))
+    torch.testing.assert_close(cpu.BACKENDS[backend].matmul(x, weight), reference.matmul(x, weight))
 
 
+@every_backend
+def test_rows_out_of_range_are_refused(backend: str) -> None:
+    weight = weight_of("int4-g32", 12, 64).packed()
+    for index in (-1, 12):
+        with registry.force(backend), pytest.raises(IndexError, match=f"index {index} is out of range"):
+            ops.embedding(torch.tensor([0, index]), weight, torch.float32)
+
+
+@pytest.mark.skipif(cpu.BACKENDS["avx512_vnni"].missing is not None, reason="no such processor")
 @pytest.mark.parametrize(
-    ("scheme", "shape", "reason"),
-    [
-        ("float8", (8, 64), "no native kernel for float8"),
-        ("int4-tensor", (8, 64), "several rows"),
-        ("int4-g6", (8, 64), "group 6 is not a multiple of 4"),
-    ],
+    ("scheme", "reason"),
+    [("int4-g10", "group 10 is not a multiple of 4"), ("int3-g6-asym", "group 6 is not a multiple of 4")],
 )
-def test_refusals_have_reasons(scheme: str, shape: tuple[int, int], reason: str) -> None:
-    weight = weight_of(scheme, *shape)
-    assert weight.kernel().kernel == "reference" and reason in weight.kernel().reason
-    with pytest.raises(ConfigError, match="cannot serve this weight"):
-        linear_on("avx512", torch.randn(1, shape[1]), weight.packed(), None)
-    assert linear_on("reference", torch.randn(1, shape[1]), weight.packed(), None).shape == (1, shape[0])
+def test_refusals_have_reasons(scheme: str, reason: str) -> None:
+    weight = weight_of(scheme, 8, 64)
+    choice = weight.kernel()
+    assert choice.kernel == "avx512" and f"avx512_vnni: {reason}" in choice.reason
+    with pytest.raises(ConfigError, match="cannot serve this weight"), registry.force("avx512_vnni"):
+        ops.linear(torch.randn(1, 64), weight.packed())
 
 
-def test_a_served_weight_says_so() -> None:
-    assert weight_of("int4-g32", 8, 64).kernel().kernel == "avx512"
+@every_backend
+def test_a_served_weight_says_so(backend: str) -> None:
+    kernel = weight_of("int4-g32", 8, 64).kernel().kernel
+    assert list(cpu.BACKENDS).index(kernel) <= list(cpu.BACKENDS).index(backend)
 
 
 def test_unknown_backends_are_refused() -> None:
     with pytest.raises(ConfigError, match="unknown backend 'magic'"), registry.force("magic"):
         pass
+
+
+@pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
+def test_reading_reads_every_byte() -> None:
+    data = torch.randint(256, (8 * 1003,), dtype=torch.uint8)
+    words = data.view(torch.int64)
+    parity = 0
+    for word in words.tolist():
+        parity ^= word % 2**64
+    assert cpu.read_bytes(data) == parity
+
+
+# --- the same C++ without Python ---------------------------------------------------------------------------
+
+CSRC = Path(cpu.__file__).parent / "csrc"
+DRIVER = Path(__file__).parent / "native_driver.cpp"
+
+
+def build_driver(compiler: str, folder: Path, *flags: str) -> Path:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"needs {compiler}")
+    program = folder / "driver"
+    sources = [str(path) for path in (DRIVER, *sorted(CSRC.glob("*.cpp")))]
+    quiet = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+    command = [
+        compiler,
+        "-O2",
+        "-g",
+        "-std=c++17",
+        "-fopenmp",
+        f"-I{CSRC}",
+        *quiet,
+        *flags,
+        *sources,
+        "-o",
+        str(program),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    return program
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_no_kernel_leaves_its_memory(tmp_path: Path, threads: str) -> None:
+    """Random shapes under AddressSanitizer, every buffer before a forbidden page."""
+    program = build_driver("g++", tmp_path, "-fsanitize=address")
+    run = subprocess.run([program, threads, "1000"], capture_output=True, text=True, env={"OMP_NUM_THREADS": threads})
+    assert run.returncode == 0 and "1000 cases right" in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.slow
+def test_portable_kernels_are_right_on_another_processor(tmp_path: Path) -> None:
+    """Built for 64-bit ARM, run by an emulator."""
+    program = build_driver("aarch64-linux-gnu-g++", tmp_path, "-static")
+    if shutil.which("qemu-aarch64") is None:
+        pytest.skip("needs qemu-aarch64")
+    run = subprocess.run(["qemu-aarch64", program, "3", "500"], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.strip() == "500 cases right on portable", run.stdout + run.stderr

@@ -15,6 +15,7 @@ from llmquant.primitives.granularity import (
     PerRow,
     PerTensor,
     PerToken,
+    PerTokenGroup,
     block_shape,
     granularity_name,
 )
@@ -65,7 +66,7 @@ def test_granularities(granularity: object, name: str, block: tuple[int, int]) -
     assert block_shape(granularity, 6, 70) == block
 
 
-@pytest.mark.parametrize("granularity", [PerAxis(1), PerToken(), None, "row"])
+@pytest.mark.parametrize("granularity", [PerAxis(1), PerToken(), PerTokenGroup(32), None, "row"])
 def test_what_weights_cannot_have(granularity: object) -> None:
     with pytest.raises(ConfigError, match="PerGroup"):
         block_shape(granularity, 6, 70)
@@ -75,3 +76,5 @@ def test_what_weights_cannot_have(granularity: object) -> None:
 def test_groups_have_at_least_one_element(size: int) -> None:
     with pytest.raises(ConfigError, match=str(size)):
         PerGroup(size)
+    with pytest.raises(ConfigError, match=str(size)):
+        PerTokenGroup(size)

@@ -14,7 +14,7 @@ from llmquant.errors import ConfigError
 from llmquant.formats import get_format
 from llmquant.kernels.cpu import library
 from llmquant.kernels.packed import Packed
-from llmquant.primitives.blocks import block_counts
+from llmquant.primitives.dynamic import Activation, dequantize_activation, quantize_activation
 from llmquant.primitives.spec import QParams
 
 _PANEL_ELEMENTS = 2**20
@@ -124,9 +124,16 @@ class Native:
         )
         return out
 
-    def linear_int8(self, x: Tensor, weight: Packed, group: int, asymmetric: bool, bias: Tensor | None) -> Tensor:
-        """The same with activations as int8 codes, a scale for every `group` columns of a token (0: for all)."""
-        return self._linear(x, weight, bias, 2 if asymmetric else 1, group or weight.columns)
+    def linear_int8(self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
+        """The same with x in int8 codes (see `primitives.dynamic`): integer products, float32 scaling.
+
+        Tiles (many bfloat16 inputs) take code x scale and the weights as the nearest bfloat16. Codes of float8 weights
+        are no integers: they meet what the activation's codes stand for.
+        """
+        if get_format(weight.format).storage == "scaled" or x.dtype not in library.FLOAT_TYPES:
+            seen = dequantize_activation(quantize_activation(x, activation), activation)
+            return self.linear(seen, weight, bias).to(x.dtype)
+        return self._linear(x, weight, bias, 2 if activation.asymmetric else 1, activation.width(weight.columns))
 
     def embedding(self, indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
         """indices [...] int -> rows of the table, [..., K] in `dtype`."""
@@ -151,9 +158,7 @@ class Native:
         assert loaded is not None
         at = None if indices is None else indices.data_ptr()
         kind = library.FLOAT_TYPES[out.dtype]
-        return int(
-            loaded.llmquant_rows(self.index, matrix_of(weight).address, at, count, kind, out.data_ptr())
-        )
+        return int(loaded.llmquant_rows(self.index, matrix_of(weight).address, at, count, kind, out.data_ptr()))
 
     def matmul(self, x: Tensor, weight: Packed) -> Tensor:
         """x [..., N] -> x @ weight, [..., K] in x's dtype; sums in float32."""
@@ -185,19 +190,15 @@ class NativeMatrix:
         qdata, scale = weight.qdata.contiguous(), scale.contiguous()
         zero_point = None if weight.zero_point is None else weight.zero_point.contiguous()
         table = _table(weight.format) if fmt.storage == "scaled" else None
-        across, along = block_counts(weight.rows, weight.columns, weight.block)
-        assert across in (weight.rows, 1), "blocks span one row or the whole matrix"
-        shared = across != weight.rows
         self.tensors = (qdata, scale, zero_point, table)
         self.matrix = library.Matrix(
             *(None if t is None else t.data_ptr() for t in self.tensors),
             weight.rows,
             weight.columns,
             qdata.shape[1],
-            along,
+            scale.shape[1],
             weight.block[1],
-            0 if shared else along,
-            0 if shared or zero_point is None else zero_point.shape[1],
+            weight.block[0],
             fmt.bits,
             library.FLOAT_TYPES[scale.dtype],
             fmt.midpoint,

@@ -25,8 +25,7 @@ class Matrix(ctypes.Structure):
         ("row_bytes", c_int64),
         ("groups", c_int64),
         ("group", c_int64),
-        ("scale_step", c_int64),
-        ("zero_step", c_int64),
+        ("shared", c_int64),
         ("bits", c_int32),
         ("scale_type", c_int32),
         ("midpoint", c_float),
@@ -62,7 +61,7 @@ def load() -> ctypes.CDLL | None:
 @functools.cache
 def kernels() -> dict[str, tuple[int, bool]]:
     """The sets of kernels in the library, from the fastest on: name -> (index, whether this processor can run it)."""
-    loaded, found = load(), {}
+    loaded, found = load(), dict[str, tuple[int, bool]]()
     while loaded is not None:
         present = c_int32()
         name = loaded.llmquant_kernels(len(found), ctypes.byref(present))

@@ -38,7 +38,7 @@ void unpack(int bits, const uint8_t* row, int64_t row_bytes, int64_t count, uint
 struct Row {
     uint8_t *codes, *zeros;
     float scale(const Matrix& w, int64_t row, int64_t g) const {
-        return load_float(w.scale, row * w.scale_step + g, w.scale_type);
+        return load_float(w.scale, row / w.shared * w.groups + g, w.scale_type);
     }
     float zero(const Matrix& w, int64_t g) const { return w.zero_point ? zeros[g] : w.midpoint; }
 };
@@ -46,7 +46,7 @@ struct Row {
 Row read_row(const Matrix& w, int64_t row) {
     const Row found = {scratch<uint8_t>(0, w.columns + 8), scratch<uint8_t>(1, w.groups + 8)};
     unpack(w.bits, w.qdata + row * w.row_bytes, w.row_bytes, w.columns, found.codes);
-    if (w.zero_point) unpack(w.bits, w.zero_point + row * w.zero_step, (w.groups * w.bits + 7) / 8, w.groups, found.zeros);
+    if (w.zero_point) unpack(w.bits, w.zero_point + row / w.shared * zero_bytes(w), zero_bytes(w), w.groups, found.zeros);
     return found;
 }
 

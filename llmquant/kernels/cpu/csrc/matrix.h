@@ -8,18 +8,20 @@ enum FloatType : int32_t { FLOAT_F32 = 0, FLOAT_F16 = 1, FLOAT_BF16 = 2 };
 // code - zero point; times the scale of its group.
 struct Matrix {
     const uint8_t* qdata;       // [rows, row_bytes], codes as a little-endian bit stream
-    const void* scale;          // [rows or 1, groups]
-    const uint8_t* zero_point;  // [rows or 1, bytes of groups], packed like codes, or null
+    const void* scale;          // [rows / shared, groups]
+    const uint8_t* zero_point;  // [rows / shared, bytes of groups], packed like codes, or null
     const float* table;         // [2^bits] values of the codes under scale 1, or null
     int64_t rows, columns;
     int64_t row_bytes;
     int64_t groups, group;  // a row's scales, and the columns that share one
-    int64_t scale_step;     // from one row's scales to the next: `groups`, or 0 where all rows share them
-    int64_t zero_step;      // the same in bytes of zero points
+    int64_t shared;         // rows that share their scales and zero points
     int32_t bits;
     int32_t scale_type;
     float midpoint;  // the code that means zero where there are neither zero points nor a table
 };
+
+// Bytes of one row of zero points.
+inline int64_t zero_bytes(const Matrix& w) { return (w.groups * w.bits + 7) / 8; }
 
 // How activations meet the weights: as they are, or as int8 codes with a scale a group of columns.
 enum Activation : int32_t { PLAIN = 0, SYMMETRIC = 1, ASYMMETRIC = 2 };

@@ -91,10 +91,10 @@ INLINE __m512i quarter(__m512i codes, int q) {
 // The scales and zeros of a row's groups as float32; both have room for 80 entries more.
 INLINE void read_groups(const Matrix& w, int64_t row, const Cutter& cut, float* scale, float* zero) {
     for (int64_t g = 0; g < w.groups; g += 16)
-        _mm512_storeu_ps(scale + g, load_floats(w.scale, row * w.scale_step + g, w.scale_type, first_lanes(w.groups - g)));
+        _mm512_storeu_ps(scale + g, load_floats(w.scale, row / w.shared * w.groups + g, w.scale_type, first_lanes(w.groups - g)));
     if (!w.zero_point) return;
     for (int64_t c = 0; c * CHUNK < w.groups; ++c) {
-        const __m512i codes = codes_of(w.zero_point + row * w.zero_step, (w.groups * w.bits + 7) / 8, c, cut);
+        const __m512i codes = codes_of(w.zero_point + row / w.shared * zero_bytes(w), zero_bytes(w), c, cut);
         for (int q = 0; q < 4; ++q)
             _mm512_storeu_ps(zero + c * CHUNK + 16 * q, _mm512_cvtepi32_ps(quarter(codes, q)));
     }

@@ -1,0 +1,237 @@
+"""Activations in int8 codes: every code against a loop over numbers, how far values move, and what is not finite."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llmquant.errors import ConfigError
+from llmquant.primitives.dynamic import Activation, DynamicCodes, dequantize_activation, quantize_activation
+from llmquant.primitives.granularity import MappingType, PerGroup, PerRow, PerTensor, PerToken, PerTokenGroup
+
+ACTIVATIONS = [Activation(group, asymmetric) for group, asymmetric in product((0, 1, 7, 32, 100), (False, True))]
+every_activation = pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.scheme)
+F32 = np.float32
+TOP = float(np.finfo(F32).max)
+
+
+def naive_group(values: list[float], asymmetric: bool) -> tuple[list[int], float, int]:
+    """Codes, scale and zero point of one group, number by number in float32. `np.rint` rounds half to even."""
+    x = [F32(v) for v in values]
+    low, high = (F32(min(0, *x)), F32(max(0, *x))) if asymmetric else (F32(0), max(abs(v) for v in x))
+    with np.errstate(over="ignore", invalid="ignore"):
+        span = high - low
+    if not all(map(math.isfinite, x)) or not math.isfinite(span):
+        return [0] * len(x), math.nan, 0
+    scale = F32(span / F32(255 if asymmetric else 127))
+    divisor = scale if scale else F32(1)
+    if not asymmetric:
+        return [int(np.clip(np.rint(v / divisor), -127, 127)) for v in x], float(scale), 0
+    zero = int(np.clip(np.rint(F32(-128) - low / divisor), -128, 127))
+    return [int(np.clip(np.rint(v / divisor) + zero, -128, 127)) for v in x], float(scale), zero
+
+
+def naive(x: Tensor, activation: Activation) -> DynamicCodes:
+    """The rule as a loop over tokens and groups."""
+    width = activation.group or x.shape[-1]
+    codes, scales, zeros = [], [], []
+    for token in x.float().reshape(-1, x.shape[-1]).tolist():
+        groups = [naive_group(token[i : i + width], activation.asymmetric) for i in range(0, len(token), width)]
+        codes.append([code for group in groups for code in group[0]])
+        scales.append([group[1] for group in groups])
+        zeros.append([group[2] for group in groups])
+    leading = x.shape[:-1]
+    return DynamicCodes(
+        torch.tensor(codes, dtype=torch.int8).reshape(x.shape),
+        torch.tensor(scales).reshape(*leading, -1),
+        torch.tensor(zeros, dtype=torch.int8).reshape(*leading, -1) if activation.asymmetric else None,
+    )
+
+
+def assert_equal(found: DynamicCodes, wanted: DynamicCodes) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        if a is None or b is None:
+            assert a is b
+        else:
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)  # dtype and shape too
+
+
+@every_activation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (70,), (3, 70), (2, 3, 33), (1, 1, 128)], ids=str)
+def test_codes_are_those_of_a_loop(activation: Activation, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    for x in (torch.randn(shape), torch.randn(shape).abs() + 1, -torch.rand(shape)):
+        assert_equal(quantize_activation(x.to(dtype), activation), naive(x.to(dtype), activation))
+
+
+EXTREMES = [
+    0.0,
+    -0.0,
+    1e-45,
+    -3e-45,
+    1e-42,
+    1e-38,
+    0.5,
+    1.0,
+    -127.0,
+    127.0,
+    254.5,
+    TOP / 2,
+    TOP,
+    -TOP,
+    math.inf,
+    math.nan,
+]
+
+
+@given(
+    st.lists(st.one_of(st.floats(width=32), st.sampled_from(EXTREMES)), min_size=1, max_size=40),
+    st.sampled_from(ACTIVATIONS),
+)
+def test_codes_are_those_of_a_loop_whatever_the_numbers(values: list[float], activation: Activation) -> None:
+    x = torch.tensor(values)
+    assert_equal(quantize_activation(x, activation), naive(x, activation))
+
+
+def test_halves_are_rounded_to_even() -> None:
+    x = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5])
+    assert quantize_activation(x, Activation(0)).codes.tolist() == [127, 0, 2, 2, 0, -2, -2]
+    x = torch.tensor([-128.0, 127.0, 0.5, 1.5, -0.5, -1.5])
+    found = quantize_activation(x, Activation(0, asymmetric=True))
+    assert (found.scale.tolist(), found.zero_point.tolist()) == ([1.0], [0])
+    assert found.codes.tolist() == [-128, 127, 0, 2, 0, -2]
+
+
+@every_activation
+def test_values_move_by_half_a_step_and_no_less(activation: Activation) -> None:
+    x = torch.randn(50, 96) + 0.3
+    found = quantize_activation(x, activation)
+    step = found.scale.repeat_interleave(activation.width(96), -1)[:, :96]
+    moved = (dequantize_activation(found, activation) - x).abs() / step
+    if activation.group == 1:
+        assert moved.max() < 1e-4  # its own extreme has a code
+        return
+    # A zero point is rounded too, so the end of a range may lie half a step outside of it.
+    assert 0.45 < moved.max() <= (1.001 if activation.asymmetric else 0.5001)
+    assert 0.2 < moved.mean() < 0.3
+
+
+def test_a_scale_that_loses_digits_leaves_no_code_out_of_range() -> None:
+    x = torch.tensor([-180.0, 180.0, 90.0]) * 2**-149  # 180 / 127 of the smallest number is that number
+    assert quantize_activation(x, Activation(0)).codes.tolist() == [-127, 127, 90]
+
+
+@every_activation
+def test_the_whole_range_of_codes_is_used(activation: Activation) -> None:
+    found = quantize_activation(torch.randn(20, 300), activation)
+    for codes in found.codes.int().split(activation.width(300), -1):
+        if activation.asymmetric and activation.width(300) > 7:  # fewer may all have one sign
+            assert torch.all(codes.amax(-1) - codes.amin(-1) >= 254)
+        elif not activation.asymmetric:
+            assert torch.all(codes.abs().amax(-1) == 127)
+
+
+@every_activation
+def test_zero_stays_zero(activation: Activation) -> None:
+    x = torch.randn(4, 70) + 2
+    x[:, ::3] = 0
+    x[1] = 0
+    found = quantize_activation(x, activation)
+    assert torch.all(dequantize_activation(found, activation)[x == 0] == 0)
+    assert torch.all(found.scale[1] == 0)
+    if not activation.asymmetric:
+        assert torch.all(found.codes[1] == 0)
+
+
+@every_activation
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_makes_its_own_group_nan_and_no_other(activation: Activation, bad: float) -> None:
+    x = torch.randn(3, 70)
+    clean = dequantize_activation(quantize_activation(x, activation), activation)
+    x[1, 40] = bad
+    found = quantize_activation(x, activation)
+    values = dequantize_activation(found, activation)
+    width = activation.width(70)
+    hit = torch.zeros(3, 70, dtype=torch.bool)
+    hit[1, 40 // width * width : 40 // width * width + width] = True
+    assert torch.all(values[hit].isnan()) and torch.equal(values[~hit], clean[~hit])
+    assert torch.all(found.codes[hit] == 0)
+
+
+def test_a_range_that_overflows_is_nan_too() -> None:
+    x = torch.tensor([TOP, -TOP])
+    assert quantize_activation(x, Activation(0, asymmetric=True)).scale.isnan().all()
+    assert quantize_activation(x, Activation(0)).codes.tolist() == [127, -127]
+
+
+@every_activation
+@pytest.mark.parametrize("shape", [(0, 70), (0,), (3, 0), (2, 0, 5)], ids=str)
+def test_nothing_gives_nothing(activation: Activation, shape: tuple[int, ...]) -> None:
+    found = quantize_activation(torch.empty(shape), activation)
+    groups = -(-shape[-1] // activation.width(shape[-1]))
+    assert found.codes.shape == shape and found.scale.shape == (*shape[:-1], groups)
+    assert dequantize_activation(found, activation).shape == shape
+
+
+def test_a_group_wider_than_the_token_is_the_token() -> None:
+    x = torch.randn(3, 70)
+    assert_equal(quantize_activation(x, Activation(2**31 - 1)), quantize_activation(x, Activation(0)))
+
+
+def test_the_input_stays_as_it_is() -> None:
+    x = torch.randn(3, 64)
+    before = x.clone()
+    for activation in ACTIVATIONS:
+        quantize_activation(x, activation)
+    assert torch.equal(x, before)
+
+
+# --- how it is written ------------------------------------------------------------------------------------
+
+
+@every_activation
+def test_json_round_trip(activation: Activation) -> None:
+    assert Activation.from_dict(json.loads(json.dumps(activation.to_dict()))) == activation
+
+
+def test_schemes() -> None:
+    named = {a.scheme: a for a in [*ACTIVATIONS, Activation(64), Activation(64, True)]}
+    assert named["a8"] == Activation(32) and named["a8-asym"] == Activation(32, True)
+    assert named["a8-token"] == Activation(0) and named["a8-token-asym"] == Activation(0, True)
+    assert named["a8-g64"] == Activation(64) and named["a8-g64-asym"] == Activation(64, True)
+
+
+def test_granularities() -> None:
+    assert Activation.of(PerToken()) == Activation(0)
+    assert Activation.of(PerTokenGroup(48), MappingType.ASYMMETRIC) == Activation(48, True)
+
+
+BAD: dict[str, Any] = {
+    "negative": lambda: Activation(-1),
+    "too large": lambda: Activation(2**31),
+    "no group": lambda: PerTokenGroup(0),
+    "per row": lambda: Activation.of(PerRow()),
+    "per group": lambda: Activation.of(PerGroup(32)),
+    "per tensor": lambda: Activation.of(PerTensor()),
+    "text": lambda: Activation.from_dict("a8"),
+    "another dtype": lambda: Activation.from_dict({"dtype": "float8", "group": 32, "asymmetric": False}),
+    "a field too few": lambda: Activation.from_dict({"dtype": "int8", "group": 32}),
+    "a field too many": lambda: Activation.from_dict({**Activation(32).to_dict(), "static": True}),
+    "a group in words": lambda: Activation.from_dict({"dtype": "int8", "group": "token", "asymmetric": False}),
+    "a number as answer": lambda: Activation.from_dict({"dtype": "int8", "group": 32, "asymmetric": 0}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_activations_cannot_have(name: str) -> None:
+    with pytest.raises(ConfigError):
+        BAD[name]()
