@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from llmquant.cli.console import console, size, write_json
+from llmquant.cli.console import console, shape_name, size, write_json
 
 
 def inspect(
@@ -31,8 +31,8 @@ def inspect(
     table.add_column("bytes", justify="right")
     table.add_column("kernel")
     for row in found.rows:
-        block = "x".join(map(str, row.block)) if row.block else ""
-        shape = "x".join(map(str, row.shape))
+        block = shape_name(row.block) if row.block else ""
+        shape = shape_name(row.shape)
         table.add_row(row.fqn, shape, row.format, block, row.scale, f"{row.bytes:,}", row.kernel)
     console.print(table)
     for reason in sorted({f"{row.kernel}: {row.reason}" for row in found.rows if row.quantized}):
