@@ -14,23 +14,20 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from worker import Failed, Worker
 
 from llmquant.measure.record import machine, versions, write_record
 
-WORKER = Path(__file__).with_name("peer_worker.py")
+SCRIPT = Path(__file__).with_name("peer_worker.py")
 PEERS = [
     "llama-q4_0",
     "llama-q4_K",
@@ -45,76 +42,6 @@ PEERS = [
     "llmquant-a8-int4-g32",
 ]
 MODULES = {"llama": "llama_cpp", "ort": "onnxruntime", "openvino": "openvino", "torch": "torch", "llmquant": "llmquant"}
-SETTLE = 0.02  # seconds before a turn, in which the threads of the one before fall asleep
-
-
-class Failed(Exception):
-    """A peer that could not be set up or died, in its own words."""
-
-
-class Peer:
-    """A worker that is ready for its turns."""
-
-    def __init__(self, name: str, python: str, order: dict[str, Any]) -> None:
-        self.name = name
-        self.seconds: list[float] = []
-        self.idle: list[float] = []
-        self._log = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
-            [python, str(WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=_environment(python, order["threads"]),
-        )
-        try:
-            self.known = self._ask({"peer": name, **order})
-        except Failed:
-            self.close()
-            raise
-        self._ended = time.perf_counter()
-
-    def turn(self) -> None:
-        """One pass over all its weights."""
-        time.sleep(SETTLE)
-        waited = time.perf_counter() - self._ended
-        answer = self._ask("turn")
-        self._ended = time.perf_counter()
-        self.seconds.append(answer["seconds"] / self.known["copies"])
-        self.idle.append(answer["idle"] / waited)
-
-    def close(self) -> None:
-        """Ends the process."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
-
-    def _ask(self, line: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(line) + "\n")
-            self._process.stdin.flush()
-            text = self._process.stdout.readline()
-        except BrokenPipeError:
-            text = ""
-        if not text:
-            raise Failed(f"its process ended with status {self._process.wait()}: {self._last_words()}")
-        answer: dict[str, Any] = json.loads(text)
-        if "failed" in answer:
-            raise Failed(answer["failed"])
-        return answer
-
-    def _last_words(self) -> str:
-        self._log.seek(0)
-        lines = [line for line in self._log.read().splitlines() if line.strip()]
-        return lines[-1] if lines else "it said nothing"
 
 
 def main() -> None:
@@ -164,7 +91,8 @@ def compare(
     names: list[str], pythons: dict[str, str | None], order: dict[str, Any], rounds: int
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """All peers at one shape and M, in turns; what was found, and why others were not timed."""
-    peers: list[Peer] = []
+    peers: dict[str, Worker] = {}
+    seconds: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
     try:
         for name in names:
@@ -174,28 +102,28 @@ def compare(
                 failed[name] = f"{MODULES[family]} is not installed here (--peer {family}=PYTHON)"
                 continue
             try:
-                peers.append(Peer(name, python, order))
+                peers[name] = Worker(python, SCRIPT, {"peer": name, **order}, order["threads"])
             except Failed as reason:
                 failed[name] = str(reason)
         for _ in range(rounds + 1):
-            for peer in peers:
-                peer.turn()
+            for name, peer in peers.items():
+                seconds.setdefault(name, []).append(peer.turn()["seconds"])
     finally:
-        for peer in peers:
+        for peer in peers.values():
             peer.close()
-    return [result(peer, order) for peer in peers], failed
+    return [result(name, peer, seconds[name], order) for name, peer in peers.items()], failed
 
 
-def result(peer: Peer, order: dict[str, Any]) -> dict[str, Any]:
-    """What one peer reached; its first turn, after set-up, does not count. In seconds and bytes."""
-    seconds = peer.seconds[1:]
+def result(name: str, peer: Worker, turns: list[float], order: dict[str, Any]) -> dict[str, Any]:
+    """What one peer reached, in seconds a call and bytes; its first turn, after set-up, does not count."""
+    calls = [seconds / peer.known["copies"] for seconds in turns[1:]]
     return {
         "shape": [order["rows"], order["columns"]],
         "tokens": order["m"],
-        "peer": peer.name,
-        "seconds": min(seconds),
-        "median": statistics.median(seconds),
-        "bandwidth": peer.known["bytes"] / min(seconds),
+        "peer": name,
+        "seconds": min(calls),
+        "median": statistics.median(calls),
+        "bandwidth": peer.known["bytes"] / min(calls),
         "idle": statistics.mean(peer.idle[1:]),
         **peer.known,
     }
@@ -236,16 +164,6 @@ def new_record(options: argparse.Namespace) -> dict[str, Any]:
         "versions": versions(),
         "machine": machine(),
     }
-
-
-def _environment(python: str, threads: int) -> dict[str, str]:
-    """The worker's variables: as many OpenMP threads, and no module path of ours in a foreign environment."""
-    variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "KMP_BLOCKTIME": "1"}
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        variables.pop(name, None)
-    if python != sys.executable:
-        variables.pop("PYTHONPATH", None)
-    return variables
 
 
 def _shape(text: str) -> tuple[int, int]:
