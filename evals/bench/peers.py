@@ -104,7 +104,7 @@ def compare(
             try:
                 peers[name] = Worker(python, SCRIPT, {"peer": name, **order}, order["threads"])
             except Failed as reason:
-                failed[name] = str(reason)
+                failed[name] = str(reason).splitlines()[0]
         for _ in range(rounds + 1):
             for name, peer in peers.items():
                 seconds.setdefault(name, []).append(peer.turn()["seconds"])
