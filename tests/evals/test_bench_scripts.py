@@ -1,4 +1,4 @@
-"""The comparisons with others: right set-ups are timed, wrong ones are not. Only what our own environment has runs here."""
+"""The comparisons with others: right set-ups are timed, wrong ones are not. Here only with what our environment has."""
 
 from __future__ import annotations
 
