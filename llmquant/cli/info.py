@@ -12,7 +12,11 @@ from rich.table import Table
 
 from llmquant.cli.console import console, write_json
 
-_EXTRAS = {"datasets": "eval --text wikitext2 (pip install 'llmquant[wikitext]')", "gguf": "make demo"}
+_EXTRAS = {
+    "datasets": "eval --text wikitext2 (pip install 'llmquant[wikitext]')",
+    "matplotlib": "bench --plot (pip install 'llmquant[plot]')",
+    "gguf": "make demo",
+}
 
 
 def info(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from llmquant.cli.console import console, size, write_json
+from llmquant.cli.console import console, shape_name, size, write_json
 
 
 def inspect(
@@ -31,10 +31,9 @@ def inspect(
     table.add_column("bytes", justify="right")
     table.add_column("kernel")
     for row in found.rows:
-        block = "x".join(map(str, row.block)) if row.block else ""
-        shape = "x".join(map(str, row.shape))
+        block = shape_name(row.block) if row.block else ""
         name = f"{row.activation}-{row.format}" if row.activation else row.format
-        table.add_row(row.fqn, shape, name, block, row.scale, f"{row.bytes:,}", row.kernel)
+        table.add_row(row.fqn, shape_name(row.shape), name, block, row.scale, f"{row.bytes:,}", row.kernel)
     console.print(table)
     for reason in sorted({f"{row.kernel}: {row.reason}" for row in found.rows if row.quantized}):
         console.print(f"kernel {reason}", highlight=False, soft_wrap=True)

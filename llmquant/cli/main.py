@@ -7,7 +7,7 @@ import sys
 import typer
 
 import llmquant
-from llmquant.cli import evaluate, info, inspect, quantize, recipes
+from llmquant.cli import bench, evaluate, info, inspect, quantize, recipes
 from llmquant.cli.console import errors
 from llmquant.errors import LlmQuantError
 
@@ -25,6 +25,7 @@ app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("recipes")(recipes.recipes)
+app.command("bench")(bench.bench)
 app.command("info")(info.info)
 
 
