@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -51,13 +52,24 @@ class Choice(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def choose(format_name: str, block: tuple[int, int], columns: int, device: str) -> Choice:
     """The fastest backend that can serve such a weight, and why it does, or why no faster one can."""
-    reasons: list[str] = []
+    refusals: dict[str, list[str]] = {}
     for name, backend in BACKENDS.items():
         refused = backend.refusal(format_name, block, columns, device)
         if refused is None:
+            if name == "reference" and device == "cpu":
+                _warn_if_slow()
+            reasons = [f"{', '.join(names)}: {reason}" for reason, names in refusals.items()]
             return Choice(name, "; ".join(reasons) or "the fastest kernel for this weight here")
-        reasons.append(f"{name}: {refused}")
+        refusals.setdefault(refused, []).append(name)
     raise AssertionError("the reference serves everything")
+
+
+@functools.cache
+def _warn_if_slow() -> None:
+    """Says once a process that nothing native was installed; `llmquant info` says it too."""
+    missing = cpu.missing()
+    if missing:
+        warnings.warn(f"llmquant runs on its slow reference: {missing}", stacklevel=2)
 
 
 def backend(weight: Packed) -> Backend:
