@@ -140,7 +140,9 @@ class Guards:
     def child(self, parent: nn.Module, name: str, kind: str) -> nn.Module:
         """A submodule, which must be of transformers' or torch's class of that name, unpatched."""
         module = parent._modules.get(name)
-        if type(module).__name__ != kind or not type(module).__module__.startswith(("transformers.models.", "torch.nn.")):
+        if type(module).__name__ != kind or not type(module).__module__.startswith(
+            ("transformers.models.", "torch.nn.")
+        ):
             raise Unfit(f"{name} is a {type(module).__name__}, not a {kind}")
         assert module is not None
         if "forward" in module.__dict__:
@@ -152,7 +154,7 @@ class Guards:
         return module
 
     def parameters(self, module: nn.Module, merged: bool) -> None:
-        """Expects a module to keep its parameters; where copies of them were merged, their memory too."""
+        """Expects a module to keep its parameters; where biases were merged, their memory too."""
         for name, parameter in module._parameters.items():
             self.watch(module._parameters, name, parameter)
             if isinstance(parameter, QuantizedTensor):
@@ -205,11 +207,11 @@ def make_plan(stack: nn.Module) -> Plan:
     return plan
 
 
-def _modules(guards: Guards, stack: Any, index: int, prefix: str) -> tuple[Any, dict[str, Norm], dict[str, nn.Linear]]:
+def _modules(guards: Guards, stack: Any, index: int, prefix: str) -> tuple[Any, dict[str, Norm], dict[str, Any]]:
     """One decoder layer's attention, norms and linear layers."""
     layer = guards.child(stack.layers, str(index), f"{prefix}DecoderLayer")
-    attention = guards.child(layer, "self_attn", f"{prefix}Attention")
-    mlp = guards.child(layer, "mlp", f"{prefix}MLP")
+    attention: Any = guards.child(layer, "self_attn", f"{prefix}Attention")
+    mlp: Any = guards.child(layer, "mlp", f"{prefix}MLP")
     if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
         raise Unfit(f"the activation is {type(mlp.act_fn).__name__}, not SiLU")
     if attention.head_dim > 256:
@@ -220,7 +222,7 @@ def _modules(guards: Guards, stack: Any, index: int, prefix: str) -> tuple[Any, 
             norms[name] = _norm(guards, attention, name, prefix)
     owners = {"q_proj": attention, "k_proj": attention, "v_proj": attention, "o_proj": attention}
     owners |= {"gate_proj": mlp, "up_proj": mlp, "down_proj": mlp}
-    return attention, norms, {name: guards.child(owner, name, "Linear") for name, owner in owners.items()}  # type: ignore[misc]
+    return attention, norms, {name: guards.child(owner, name, "Linear") for name, owner in owners.items()}
 
 
 def _norm(guards: Guards, parent: nn.Module, name: str, prefix: str) -> Norm:
@@ -297,7 +299,7 @@ class LeanForward:
             not torch.compiler.is_compiling()
             and _plain_call(stack, inputs, input_ids is None, use_cache, kwargs)
             and _plain_cache(past_key_values, len(stack.layers))
-            and _all_seen(attention_mask, past_key_values.layers[0].get_seq_length() + 1)
+            and _all_seen(attention_mask, past_key_values.get_seq_length() + 1)
             and (plan := self._current(stack)) is not None
         ):
             x = stack.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -337,7 +339,7 @@ class LeanForward:
 def _decode(plan: Plan, stack: Any, x: Tensor, position_ids: Tensor | None, cache: DynamicCache) -> Any:
     """x [B, 1, hidden] -> the model's output, with the cache one longer."""
     if position_ids is None:
-        position_ids = torch.full((1, 1), cache.layers[0].get_seq_length(), device=x.device)
+        position_ids = torch.full((1, 1), cache.get_seq_length(), device=x.device)
     cos, sin = stack.rotary_emb(x, position_ids=position_ids)
     half = sin.shape[-1] // 2
     sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
@@ -369,10 +371,15 @@ def _plain_call(stack: Any, inputs: Tensor | None, embedded: bool, use_cache: bo
 
 def _plain_cache(cache: Any, count: int) -> bool:
     """Whether a cache keeps everything it has seen, in memory and unquantized."""
-    return type(cache) is DynamicCache and not cache.offloading and len(cache.layers) == count and all(
-        type(layer) is DynamicLayer
-        or (type(layer) is DynamicSlidingWindowLayer and layer.cumulative_length + 1 < layer.sliding_window)
-        for layer in cache.layers
+    return (
+        type(cache) is DynamicCache
+        and not cache.offloading
+        and len(cache.layers) == count
+        and all(
+            type(layer) is DynamicLayer
+            or (type(layer) is DynamicSlidingWindowLayer and layer.cumulative_length + 1 < layer.sliding_window)
+            for layer in cache.layers
+        )
     )
 
 

@@ -1,4 +1,4 @@
-"""Linear layers that read the same input, as one: their weights become row slices of a shared tensor."""
+"""Quantized layers that read the same input, as one: their weights become row slices of a shared tensor."""
 
 from __future__ import annotations
 
@@ -33,33 +33,46 @@ def merge(linears: list[nn.Linear]) -> Product:
     before.
 
     Raises:
-        UnsupportedOpError: where the weights differ in format, block, dtype or device, or one bias is missing.
+        UnsupportedOpError: where the joined product would not be made, or would not be the same bit for bit.
     """
-    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    _check_alike(weights)
-    if any(b is None for b in biases) and not all(b is None for b in biases):
+    weights = _joinable([linear.weight for linear in linears])
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    if len(biases) not in (0, len(linears)):
         raise UnsupportedOpError("only some of the layers have a bias")
-    rows = [weight.shape[0] for weight in weights]
-    joined = join(weights, -2) if isinstance(weights[0], QuantizedTensor) else torch.cat([w.detach() for w in weights])
-    bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
+    joined = join(weights, -2)
+    bias = torch.cat([b.detach() for b in biases]) if biases else None
     start = 0
-    for linear, count in zip(linears, rows, strict=True):
-        _replace(linear, "weight", _rows(joined, start, start + count))
+    for linear in linears:
+        stop = start + linear.weight.shape[0]
+        _replace(linear, "weight", take_slice(joined, -2, start, stop))
         if bias is not None:
-            _replace(linear, "bias", bias[start : start + count])
-        start += count
-    return Product(joined.packed() if isinstance(joined, QuantizedTensor) else joined, bias)
+            _replace(linear, "bias", bias[start:stop])
+        start = stop
+    return Product(joined.packed(), bias)
 
 
 def separate(linear: nn.Linear) -> None:
     """Gives a layer tensors of its own again."""
     for name, parameter in list(linear.named_parameters(recurse=False)):
-        own = parameter.detach().clone()
-        _replace(linear, name, own)
+        _replace(linear, name, parameter.detach().clone())
 
 
-def _rows(weight: Tensor, start: int, stop: int) -> Tensor:
-    return take_slice(weight, -2, start, stop) if isinstance(weight, QuantizedTensor) else weight[start:stop]
+def _joinable(weights: list[Tensor]) -> list[QuantizedTensor]:
+    quantized = [w for w in weights if isinstance(w, QuantizedTensor)]
+    if not quantized:
+        # torch picks its product by the number of rows, so a joined one rounds differently now and then.
+        raise UnsupportedOpError("the weights are not quantized")
+    if len(quantized) < len(weights):
+        raise UnsupportedOpError("only some of the weights are quantized")
+    if any(
+        w.meta != quantized[0].meta or w.dtype != weights[0].dtype or w.device != weights[0].device for w in quantized
+    ):
+        raise UnsupportedOpError("the weights differ in format, block, dtype or device")
+    if quantized[0].meta.transposed or quantized[0].meta.block[0] != 1:
+        raise UnsupportedOpError("a scale spans several rows")
+    if quantized[0].kernel().kernel == "reference":
+        raise UnsupportedOpError("no native kernel serves the weights")
+    return quantized
 
 
 def _replace(linear: nn.Linear, name: str, tensor: Tensor) -> None:
@@ -67,13 +80,3 @@ def _replace(linear: nn.Linear, name: str, tensor: Tensor) -> None:
     new = nn.Parameter(tensor, requires_grad=old.requires_grad)
     new.grad = old.grad
     setattr(linear, name, new)
-
-
-def _check_alike(weights: list[nn.Parameter]) -> None:
-    quantized = [isinstance(w, QuantizedTensor) for w in weights]
-    if any(quantized) and not all(quantized):
-        raise UnsupportedOpError("only some of the weights are quantized")
-    if len({(w.dtype, w.device) for w in weights}) > 1:
-        raise UnsupportedOpError("the weights differ in dtype or device")
-    if any(isinstance(w, QuantizedTensor) and (w.meta.transposed or w.meta.block[0] != 1) for w in weights):
-        raise UnsupportedOpError("a scale spans several rows of a weight")

@@ -39,10 +39,10 @@ class OptimizeReport:
 def optimize(model: nn.Module) -> OptimizeReport:
     """Makes decoding of a Llama, Mistral, Qwen2 or Qwen3 of transformers faster, in place; quantized or not.
 
-    Layers that read the same input share one product (their parameters become views, so memory and saved files stay
-    as they are), and a call for one token takes a short path. A call that is anything else (a prompt, padding,
-    training, hooks, another cache, other attention than sdpa, `torch.compile`) runs the model's own code. Calling it
-    again takes in what changed since. `restore` undoes it.
+    Quantized layers that read the same input share one product (their parameters become views, so memory and saved
+    files stay as they are), and a call for one token takes a short path. A call that is anything else (a prompt,
+    padding, training, hooks, another cache, other attention than sdpa, `torch.compile`) runs the model's own code.
+    Call it again after a change of the model's structure. `restore` undoes it.
     """
     stack = _stack(model)
     try:
@@ -56,6 +56,7 @@ def optimize(model: nn.Module) -> OptimizeReport:
         return OptimizeReport(left={type(model).__name__: str(error)})
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is stack)
     plan = lean.plan
+    assert plan is not None
     report = OptimizeReport(
         layers=len(plan.layers),
         merged=[tuple(prefix + name for name in group) for group in plan.merged],
