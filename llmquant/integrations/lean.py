@@ -1,8 +1,8 @@
 """One token through a Llama-like stack in few torch calls, bit for bit what transformers' modules compute.
 
 Decoding a small model costs more in Python than in arithmetic. Where a call is the plain case (one token for each
-sequence, nothing masked, nobody watching) `LeanForward` runs a short list of steps; all else goes to the model's own
-`forward`. A step is one small function, so that a fused kernel can take its place.
+sequence, an ordinary cache, nobody watching) `LeanForward` runs a short list of steps; all else goes to the model's
+own `forward`. A step is one small function, so that a fused kernel can take its place.
 """
 
 from __future__ import annotations
@@ -35,6 +35,18 @@ SIBLINGS = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "u
 # --- the steps ------------------------------------------------------------------------------------------
 
 
+class Place(NamedTuple):
+    """Where the new tokens stand, the same in all layers.
+
+    cos, sin: [1 or B, 1, 1, D], the first half of the sines negated.
+    seen: bool [B, 1, 1, T], the positions that may be looked at; None for all.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    seen: Tensor | None
+
+
 class Norm(NamedTuple):
     """Weight [n] and epsilon of an RMS norm."""
 
@@ -58,16 +70,20 @@ def project(x: Tensor, by: tuple[Product, ...]) -> Tensor:
     return linear(x, by[0]) if len(by) == 1 else torch.cat([linear(x, one) for one in by], -1)
 
 
-def rope(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """x [B, H, 1, D] turned by its position; the signs of the rotated half lie in the sines."""
-    cos, sin = turn
-    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
+def rope(x: Tensor, at: Place) -> Tensor:
+    """x [B, H, 1, D] turned by its position."""
+    return (x * at.cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(at.sin))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """q [B, H, 1, D], k and v [B, H / groups, T, D] -> [B, 1, H * D], every position seen."""
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out.reshape(q.shape[0], 1, -1)
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+    """q [B, H, 1, D], k and v [B, H / groups, T, D] -> [B, 1, H * D]."""
+    batch, heads = q.shape[0], k.shape[1]
+    if seen is None:
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != heads)
+    else:  # the queries of a group as rows, as transformers lays them out
+        rows = q.reshape(batch, heads, -1, q.shape[-1])
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale)
+    return out.reshape(batch, 1, -1)
 
 
 def gate(x: Tensor, width: int) -> Tensor:
@@ -93,12 +109,12 @@ class Layer:
     width: int
     scale: float
 
-    def __call__(self, x: Tensor, turn: tuple[Tensor, Tensor], cache: DynamicLayer) -> Tensor:
+    def __call__(self, x: Tensor, at: Place, cache: DynamicLayer) -> Tensor:
         """x [B, 1, hidden] -> the same; appends to the cache."""
-        x = x + linear(self.attention(norm(x, self.input_norm), turn, cache), self.out)
+        x = x + linear(self.attention(norm(x, self.input_norm), at, cache), self.out)
         return x + linear(gate(project(norm(x, self.post_norm), self.gate_up), self.width), self.down)
 
-    def attention(self, x: Tensor, turn: tuple[Tensor, Tensor], cache: DynamicLayer) -> Tensor:
+    def attention(self, x: Tensor, at: Place, cache: DynamicLayer) -> Tensor:
         """x [B, 1, hidden] -> the heads' outputs, [B, 1, H * D]."""
         turned = self.q_heads + self.k_heads
         qkv = project(x, self.qkv).view(x.shape[0], turned + self.k_heads, 1, self.head_dim)
@@ -106,9 +122,9 @@ class Layer:
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.narrow(1, 0, self.q_heads), qk.narrow(1, self.q_heads, self.k_heads)
             qk = torch.cat([norm(q, self.q_norm), norm(k, self.k_norm)], 1)
-        qk = rope(qk, turn)
+        qk = rope(qk, at)
         keys, values = cache.update(qk.narrow(1, self.q_heads, self.k_heads), v)
-        return attend(qk.narrow(1, 0, self.q_heads), keys, values, self.scale)
+        return attend(qk.narrow(1, 0, self.q_heads), keys, values, at.seen, self.scale)
 
 
 # --- what the steps take for granted --------------------------------------------------------------------
@@ -149,7 +165,6 @@ class Guards:
             raise Unfit(f"{name}.forward is replaced")
         self.watch(parent._modules, name, module)
         self.watch(module.__dict__, "forward", None)
-        self.watch(module.__dict__, "training", False)
         self.hooks += [module._forward_hooks, module._forward_pre_hooks]
         return module
 
@@ -211,6 +226,7 @@ def _modules(guards: Guards, stack: Any, index: int, prefix: str) -> tuple[Any, 
     """One decoder layer's attention, norms and linear layers."""
     layer = guards.child(stack.layers, str(index), f"{prefix}DecoderLayer")
     attention: Any = guards.child(layer, "self_attn", f"{prefix}Attention")
+    guards.watch(attention.__dict__, "training", False)  # it alone has a dropout
     mlp: Any = guards.child(layer, "mlp", f"{prefix}MLP")
     if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
         raise Unfit(f"the activation is {type(mlp.act_fn).__name__}, not SiLU")
@@ -299,12 +315,12 @@ class LeanForward:
             not torch.compiler.is_compiling()
             and _plain_call(stack, inputs, input_ids is None, use_cache, kwargs)
             and _plain_cache(past_key_values, len(stack.layers))
-            and _all_seen(attention_mask, past_key_values.get_seq_length() + 1)
+            and _plain_mask(attention_mask, past_key_values.get_seq_length() + 1)
             and (plan := self._current(stack)) is not None
         ):
             x = stack.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             if x.dtype in _DTYPES:
-                return _decode(plan, stack, x, position_ids, past_key_values)
+                return _decode(plan, stack, x, attention_mask, position_ids, past_key_values)
         return type(stack).forward(
             stack,
             input_ids=input_ids,
@@ -336,16 +352,19 @@ class LeanForward:
         return None
 
 
-def _decode(plan: Plan, stack: Any, x: Tensor, position_ids: Tensor | None, cache: DynamicCache) -> Any:
+def _decode(
+    plan: Plan, stack: Any, x: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: DynamicCache
+) -> Any:
     """x [B, 1, hidden] -> the model's output, with the cache one longer."""
     if position_ids is None:
         position_ids = torch.full((1, 1), cache.get_seq_length(), device=x.device)
     cos, sin = stack.rotary_emb(x, position_ids=position_ids)
     half = sin.shape[-1] // 2
     sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
-    turn = cos.unsqueeze(1), sin.unsqueeze(1)
+    seen = None if mask is None or mask.all() else mask[:, None, None, :].bool()
+    at = Place(cos.unsqueeze(1), sin.unsqueeze(1), seen)
     for layer, slot in zip(plan.layers, cache.layers, strict=True):
-        x = layer(x, turn, slot)  # type: ignore[arg-type]
+        x = layer(x, at, slot)  # type: ignore[arg-type]
     assert plan.final_norm is not None
     return BaseModelOutputWithPast(last_hidden_state=norm(x, plan.final_norm), past_key_values=cache)
 
@@ -383,6 +402,6 @@ def _plain_cache(cache: Any, count: int) -> bool:
     )
 
 
-def _all_seen(mask: Tensor | None, length: int) -> bool:
-    """Whether the new token may look at all `length` positions."""
-    return mask is None or (mask.dim() == 2 and mask.shape[1] == length and bool(mask.all()))
+def _plain_mask(mask: Tensor | None, length: int) -> bool:
+    """Whether a mask says for each of `length` positions whether it is padding."""
+    return mask is None or (mask.dim() == 2 and mask.shape[1] == length)
