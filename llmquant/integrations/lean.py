@@ -86,9 +86,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -
     return out.reshape(batch, 1, -1)
 
 
-def gate(x: Tensor, width: int) -> Tensor:
+def gate(x: Tensor) -> Tensor:
     """x [..., 2 * width] -> silu of its first half times the second."""
-    return F.silu(x.narrow(-1, 0, width)).mul_(x.narrow(-1, width, width))
+    gates, up = x.chunk(2, -1)
+    return F.silu(gates).mul_(up)
 
 
 @dataclass(slots=True)
@@ -106,25 +107,24 @@ class Layer:
     q_heads: int
     k_heads: int
     head_dim: int
-    width: int
     scale: float
 
     def __call__(self, x: Tensor, at: Place, cache: DynamicLayer) -> Tensor:
         """x [B, 1, hidden] -> the same; appends to the cache."""
         x = x + linear(self.attention(norm(x, self.input_norm), at, cache), self.out)
-        return x + linear(gate(project(norm(x, self.post_norm), self.gate_up), self.width), self.down)
+        return x + linear(gate(project(norm(x, self.post_norm), self.gate_up)), self.down)
 
     def attention(self, x: Tensor, at: Place, cache: DynamicLayer) -> Tensor:
         """x [B, 1, hidden] -> the heads' outputs, [B, 1, H * D]."""
-        turned = self.q_heads + self.k_heads
-        qkv = project(x, self.qkv).view(x.shape[0], turned + self.k_heads, 1, self.head_dim)
-        qk, v = qkv.narrow(1, 0, turned), qkv.narrow(1, turned, self.k_heads)
+        heads = (self.q_heads, self.k_heads)
+        qkv = project(x, self.qkv).view(x.shape[0], -1, 1, self.head_dim)
+        qk, v = qkv.split_with_sizes((sum(heads), self.k_heads), 1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = qk.narrow(1, 0, self.q_heads), qk.narrow(1, self.q_heads, self.k_heads)
+            q, k = qk.split_with_sizes(heads, 1)
             qk = torch.cat([norm(q, self.q_norm), norm(k, self.k_norm)], 1)
-        qk = rope(qk, at)
-        keys, values = cache.update(qk.narrow(1, self.q_heads, self.k_heads), v)
-        return attend(qk.narrow(1, 0, self.q_heads), keys, values, at.seen, self.scale)
+        q, k = rope(qk, at).split_with_sizes(heads, 1)
+        keys, values = cache.update(k, v)
+        return attend(q, keys, values, at.seen, self.scale)
 
 
 # --- what the steps take for granted --------------------------------------------------------------------
@@ -264,7 +264,6 @@ def _layer(plan: Plan, path: str, attention: Any, norms: dict[str, Norm], linear
         q_heads=linears["q_proj"].out_features // attention.head_dim,
         k_heads=linears["k_proj"].out_features // attention.head_dim,
         head_dim=attention.head_dim,
-        width=linears["gate_proj"].out_features,
         scale=attention.scaling,
     )
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import FAMILIES, assert_same, build, disk, rtn, state, tokens
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from llmquant import QuantizedTensor, optimize, quantize_, restore
 from llmquant.integrations import lean
@@ -261,7 +262,10 @@ def test_a_change_of_dtype_is_followed(case: str, short: list[int]) -> None:
     model.to(FP32)
     assert_same_output(generate(model, ids), generate(reference, ids))
     assert len(short) == 2 * (NEW - 1)
-    assert len(model.model.forward.plan.merged) == CASES[case].merged
+    plan, q = model.model.forward.plan, model.model.layers[0].self_attn.q_proj.weight
+    assert len(plan.merged) == CASES[case].merged
+    if plan.merged:
+        assert plan.layers[0].qkv[0].weight.qdata.data_ptr() == q.data_ptr(), "the old copy is not kept"
     assert _memory(model) == _memory(reference), "merged again, without a second copy"
 
 
@@ -353,13 +357,18 @@ def test_changed_weights_are_used(change: Callable[[Any], None], short: list[int
     assert len(short) == 2 * (NEW - 1)
 
 
-def test_quantized_weights_loaded_in_place_are_used() -> None:
+def _copied(weight: Tensor, other: Tensor) -> None:
+    with torch.no_grad():
+        weight.copy_(other)
+
+
+@pytest.mark.parametrize("put", [_copied, torch.utils.swap_tensors])
+def test_quantized_weights_changed_in_place_are_used(put: Callable[[Tensor, Tensor], None]) -> None:
     model, other, ids = make(ONE), make(ONE, seed=1), tokens(1)
     optimize(model)
     before = generate(model, ids)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(other.get_parameter(name))
+    for name, weight in model.named_parameters():
+        put(weight, copy.deepcopy(other.get_parameter(name)))
     assert_same_output(generate(model, ids), generate(other, ids))
     assert not torch.equal(generate(model, ids).sequences, before.sequences)
 
@@ -398,8 +407,9 @@ def test_hooks_fire_and_then_the_short_path_returns(short: list[int]) -> None:
     assert len(short) == NEW - 1
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("case", [ONE, "llama-plain"])
-def test_training_and_gradients_go_through_the_model(case: str, short: list[int]) -> None:
+def test_training_and_gradients_go_through_the_model(case: str, training: bool, short: list[int]) -> None:
     model, ids = make(case), tokens(2)
     reference = copy.deepcopy(model)
     optimize(model)
@@ -408,7 +418,7 @@ def test_training_and_gradients_go_through_the_model(case: str, short: list[int]
         with torch.no_grad():
             cache = one(ids, use_cache=True).past_key_values
         inputs = one.get_input_embeddings()(ids[:, :1]).detach().requires_grad_()
-        one.train()(inputs_embeds=inputs, past_key_values=cache).logits.float().square().sum().backward()
+        one.train(training)(inputs_embeds=inputs, past_key_values=cache).logits.float().square().sum().backward()
         grads.append([inputs.grad, *(p.grad for p in one.parameters() if p.grad is not None)])
     assert len(grads[0]) == len(grads[1]) > (10 if case == "llama-plain" else 3)
     assert all(map(torch.equal, *grads)) and grads[0][0].abs().max() > 0
@@ -436,10 +446,27 @@ def test_a_base_model_without_a_head_can_be_optimized(short: list[int]) -> None:
     assert short == [2]
 
 
-def test_eager_attention_is_reported() -> None:
-    model = make(ONE)
+def test_other_attention_is_reported_and_left_to_the_model(short: list[int]) -> None:
+    model, ids = make(ONE), tokens(1)
     model.set_attn_implementation("eager")
+    want = generate(model, ids)
     assert "attention is eager" in str(optimize(model))
+    assert_same_output(generate(model, ids), want)
+    assert not short
+
+
+def test_a_cache_of_another_class_is_left_to_the_model(short: list[int]) -> None:
+    seen: list[int] = []
+
+    class Watched(DynamicCache):
+        def update(self, keys: Tensor, values: Tensor, layer: int, *rest: Any, **kwargs: Any) -> Any:
+            seen.append(layer)
+            return super().update(keys, values, layer, *rest, **kwargs)
+
+    model, ids = make(ONE), tokens(1)
+    optimize(model)
+    generate(model, ids, past_key_values=Watched(config=model.config))
+    assert not short and seen == [0, 1] * NEW
 
 
 def test_the_first_call_may_be_in_inference_mode(short: list[int]) -> None:
