@@ -362,9 +362,10 @@ def _copied(weight: Tensor, other: Tensor) -> None:
         weight.copy_(other)
 
 
+@pytest.mark.parametrize("case", [ONE, "llama-biases"])
 @pytest.mark.parametrize("put", [_copied, torch.utils.swap_tensors])
-def test_quantized_weights_changed_in_place_are_used(put: Callable[[Tensor, Tensor], None]) -> None:
-    model, other, ids = make(ONE), make(ONE, seed=1), tokens(1)
+def test_quantized_weights_changed_in_place_are_used(case: str, put: Callable[[Tensor, Tensor], None]) -> None:
+    model, other, ids = make(case), make(case, seed=1), tokens(1)
     optimize(model)
     before = generate(model, ids)
     for name, weight in model.named_parameters():
@@ -469,11 +470,12 @@ def test_a_cache_of_another_class_is_left_to_the_model(short: list[int]) -> None
     assert not short and seen == [0, 1] * NEW
 
 
-def test_the_first_call_may_be_in_inference_mode(short: list[int]) -> None:
-    model, ids = make("llama-plain"), tokens(1)
+def test_the_call_that_merges_may_be_in_inference_mode(short: list[int]) -> None:
+    model, ids = make("llama-biases"), tokens(1)
     optimize(model)
-    model.to(FP32)
+    model.to(BF16)  # so that the next call merges anew
     with torch.inference_mode():
         generate(model, ids)
     assert short and not any(p.is_inference() for p in model.parameters())
     model(ids).logits.sum().backward()
+    assert model.model.layers[0].self_attn.q_proj.bias.grad is not None
