@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from llmquant.errors import LlmQuantError as LlmQuantError
     from llmquant.formats import Format as Format
     from llmquant.formats import register_format as register_format
+    from llmquant.integrations.optimize import OptimizeReport as OptimizeReport
+    from llmquant.integrations.optimize import optimize as optimize
+    from llmquant.integrations.optimize import restore as restore
     from llmquant.integrations.transformers import LlmQuantConfig as LlmQuantConfig
     from llmquant.integrations.transformers import load as load
     from llmquant.primitives.granularity import MappingType as MappingType
@@ -69,6 +72,7 @@ _PUBLIC = {
     ],
     "llmquant.errors": ["LlmQuantError"],
     "llmquant.formats": ["Format", "register_format"],
+    "llmquant.integrations.optimize": ["OptimizeReport", "optimize", "restore"],
     "llmquant.integrations.transformers": ["LlmQuantConfig", "load"],
     "llmquant.primitives.granularity": [
         "MappingType",
