@@ -161,7 +161,7 @@ TILES void tile_linear(const Matrix& w, const Inputs& in, int64_t threads) {
     static const TileConfig config;
 #pragma omp parallel num_threads(threads)
     {
-        Decoder decoder(w, 5);
+        Decoder decoder(w);
         uint8_t* decoded = scratch<uint8_t>(1, panel * DEPTH * 2);
         float* sums = scratch<float>(2, panel * tokens * TILE);
         _tile_loadconfig(&config);

@@ -1,6 +1,8 @@
 // The C interface: every name here has its signature in ../library.py.
 #include "kernels.h"
 
+#include <omp.h>
+
 #include <cstddef>
 
 namespace {
@@ -37,14 +39,23 @@ int64_t llmquant_rows(int32_t kernels, const Matrix* w, const int64_t* indices, 
     return -1;
 }
 
-// The exclusive or of `count` words, read as the kernels read weights: by all threads, with prefetching.
+// The exclusive or of `count` words, read as fast as this machine can: by all threads, each in several places at once,
+// with prefetching.
 uint64_t llmquant_read(const uint64_t* data, int64_t count) {
-    constexpr int64_t LINE = 8, AHEAD = 1024;
+    constexpr int64_t LINE = 8, AHEAD = 512, STREAMS = 8;
     uint64_t sum = 0;
-#pragma omp parallel for schedule(static) reduction(^ : sum)
-    for (int64_t i = 0; i < count; i += LINE) {
-        __builtin_prefetch(data + i + AHEAD);
-        for (int64_t k = i; k < i + LINE && k < count; ++k) sum ^= data[k];
+#pragma omp parallel reduction(^ : sum)
+    {
+        const int64_t pieces = STREAMS * omp_get_num_threads(), step = count / (LINE * pieces) * LINE;
+        const uint64_t* from[STREAMS];
+        for (int64_t s = 0; s < STREAMS; ++s) from[s] = data + (omp_get_thread_num() * STREAMS + s) * step;
+        for (int64_t i = 0; i < step; i += LINE)
+            for (const uint64_t* stream : from) {
+                __builtin_prefetch(stream + i + AHEAD);
+                for (int64_t k = 0; k < LINE; ++k) sum ^= stream[i + k];
+            }
+#pragma omp single
+        for (int64_t i = step * pieces; i < count; ++i) sum ^= data[i];
     }
     return sum;
 }

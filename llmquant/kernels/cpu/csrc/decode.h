@@ -16,10 +16,10 @@ struct Decoder {
     const uint8_t* row;
     int64_t tail;             // columns of the last 64 that are there
 
-    TARGET Decoder(const Matrix& matrix, int slot)
+    TARGET explicit Decoder(const Matrix& matrix)
         : w(matrix),
           cutter(make_cutter(matrix.bits)),
-          groups(make_groups(matrix, slot)),
+          groups(make_groups(matrix)),
           by_group(matrix.bits <= 5 && (matrix.groups == 1 || matrix.group % 32 == 0)),
           by_byte(matrix.bits == 8 && matrix.table && (matrix.groups == 1 || matrix.group % 16 == 0) &&
                   make_byte_table(matrix.table, &bytes)) {

@@ -88,10 +88,23 @@ INLINE __m512i quarter(__m512i codes, int q) {
     return _mm512_cvtepu8_epi32(_mm512_castsi512_si128(_mm512_permutexvar_epi32(index, codes)));
 }
 
+template <int32_t TYPE>
+INLINE void read_scales(const Matrix& w, int64_t at, float* scale) {
+    int64_t g = 0;
+    for (; g + 16 <= w.groups; g += 16) _mm512_storeu_ps(scale + g, load_floats(w.scale, at + g, TYPE, 0xffff));
+    if (g < w.groups) _mm512_storeu_ps(scale + g, load_floats(w.scale, at + g, TYPE, first_lanes(w.groups - g)));
+}
+
 // The scales and zeros of a row's groups as float32; both have room for 80 entries more.
 INLINE void read_groups(const Matrix& w, int64_t row, const Cutter& cut, float* scale, float* zero) {
-    for (int64_t g = 0; g < w.groups; g += 16)
-        _mm512_storeu_ps(scale + g, load_floats(w.scale, row / w.shared * w.groups + g, w.scale_type, first_lanes(w.groups - g)));
+    const int64_t at = (w.shared == 1 ? row : row / w.shared) * w.groups;
+    // One loop a type, so that it is not asked for every vector.
+    if (w.scale_type == FLOAT_F32)
+        read_scales<FLOAT_F32>(w, at, scale);
+    else if (w.scale_type == FLOAT_F16)
+        read_scales<FLOAT_F16>(w, at, scale);
+    else
+        read_scales<FLOAT_BF16>(w, at, scale);
     if (!w.zero_point) return;
     for (int64_t c = 0; c * CHUNK < w.groups; ++c) {
         const __m512i codes = codes_of(w.zero_point + row / w.shared * zero_bytes(w), zero_bytes(w), c, cut);
@@ -100,14 +113,14 @@ INLINE void read_groups(const Matrix& w, int64_t row, const Cutter& cut, float* 
     }
 }
 
-// Scales and zeros of the row at hand, in memory that the thread keeps.
+// Scales and zeros of the row at hand, in memory that the thread keeps: number `i` of `count` that it needs at a time.
 struct Groups {
     float *scale, *zero;
 };
 
-INLINE Groups make_groups(const Matrix& w, int slot) {
+INLINE Groups make_groups(const Matrix& w, int64_t i = 0, int64_t count = 1) {
     const int64_t room = w.groups + 80;
-    float* data = scratch<float>(slot, 2 * room);
+    float* data = scratch<float>(5, 2 * room * count) + 2 * room * i;
     for (int64_t g = 0; g < room; ++g) data[g] = 0.f, data[room + g] = w.midpoint;
     return {data, data + room};
 }

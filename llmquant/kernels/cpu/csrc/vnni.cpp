@@ -87,7 +87,8 @@ TARGET bool fix_floats(const Inputs& in, int64_t token, int64_t columns, int64_t
         const float largest = _mm512_reduce_max_ps(top);
         int exponent = static_cast<int>(bits_of(largest) >> 23) - 127 - reach;
         exponent = exponent < -126 ? -126 : exponent;
-        const float scale = float_of(static_cast<uint32_t>(exponent + 127) << 23);
+        // Zeros get the scale 0: products with the least exponent would be subnormal, which takes a detour.
+        const float scale = largest > 0 ? float_of(static_cast<uint32_t>(exponent + 127) << 23) : 0.f;
         const __m512 inverse = _mm512_set1_ps(float_of(static_cast<uint32_t>(127 - exponent) << 23));
         for (int i = 0; 16 * i < step; ++i)
             _mm512_storeu_si512(codes + k + 16 * i, _mm512_cvtps_epi32(_mm512_mul_ps(x[i], inverse)));
@@ -142,7 +143,27 @@ INLINE void split_planes(__m512i code, int planes, int8_t* to, int64_t stride) {
     }
 }
 
+// Bytes j, STEPS + j, 2 STEPS + j, ... of 64 STEPS bytes, for every j: those of place j go to to[j].
+template <int STEPS>
+INLINE void deinterleave(const __m512i* from, __m512i* to) {
+    if constexpr (STEPS == 1) {
+        to[0] = from[0];
+    } else {
+        alignas(64) uint8_t even[64];
+        for (int i = 0; i < 64; ++i) even[i] = static_cast<uint8_t>(2 * i);
+        const __m512i evens = _mm512_load_si512(even), odds = _mm512_or_si512(evens, _mm512_set1_epi8(1));
+        for (int odd = 0; odd < 2; ++odd) {
+            __m512i half[STEPS / 2], found[STEPS / 2];
+            for (int i = 0; i < STEPS / 2; ++i)
+                half[i] = _mm512_permutex2var_epi8(from[2 * i], odd ? odds : evens, from[2 * i + 1]);
+            deinterleave<STEPS / 2>(half, found);
+            for (int i = 0; i < STEPS / 2; ++i) to[2 * i + odd] = found[i];
+        }
+    }
+}
+
 // One token's inputs. Returns whether they are finite (int8 activations always pass: their scale says NaN).
+template <int STEPS>
 TARGET bool fill_token(const Matrix& w, const Inputs& in, const Cut& cut, const Planes& planes, int64_t token,
                        bool whole_midpoint) {
     const int64_t padded = cut.vectors * cut.columns;
@@ -160,15 +181,15 @@ TARGET bool fill_token(const Matrix& w, const Inputs& in, const Cut& cut, const 
         for (int64_t k = 0; k < cut.columns; k += 16)
             split_planes(_mm512_loadu_si512(codes + v * cut.columns + k), P, natural + k, cut.columns);
         int8_t* to = reinterpret_cast<int8_t*>(planes.at(token, v));
-        float* lane_scales = reinterpret_cast<float*>(to + cut.steps * P * 64);
+        float* lane_scales = reinterpret_cast<float*>(to + STEPS * P * 64);
         _mm512_storeu_ps(lane_scales, _mm512_loadu_ps(scales + 16 * v));
         for (int p = 0; p < P; ++p) {
-            __m512i sum = _mm512_setzero_si512();
-            for (int step = 0; step < cut.steps; ++step) {
-                int8_t* ordered = to + (step * P + p) * 64;
-                const int8_t* from = natural + p * cut.columns + step;
-                for (int i = 0; i < 64; ++i) ordered[i] = from[i * cut.steps];
-                sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(ordered));
+            __m512i sum = _mm512_setzero_si512(), from[STEPS], ordered[STEPS];
+            for (int step = 0; step < STEPS; ++step) from[step] = _mm512_loadu_si512(natural + p * cut.columns + 64 * step);
+            deinterleave<STEPS>(from, ordered);
+            for (int step = 0; step < STEPS; ++step) {
+                _mm512_storeu_si512(to + (step * P + p) * 64, ordered[step]);
+                sum = _mm512_dpbusd_epi32(sum, ones, ordered[step]);
             }
             const __m512i kept = whole_midpoint ? _mm512_mullo_epi32(sum, minus)
                                                 : _mm512_castps_si512(_mm512_cvtepi32_ps(sum));
@@ -178,21 +199,22 @@ TARGET bool fill_token(const Matrix& w, const Inputs& in, const Cut& cut, const 
     return finite;
 }
 
-// Two rows against M inputs: they share each load of the inputs. An odd last row is given twice.
-constexpr int ROWS = 2, MOST = 4, AHEAD = 8192;
+// R rows against M inputs: they share each load of the inputs, and as they lie far apart, memory serves them side by
+// side (one stream a thread reaches four fifths of what several do).
+constexpr int MOST_ROWS = 4, MOST = 4, AHEAD = 4096;
 
-struct Pair {
-    const uint8_t* data[ROWS];
-    const float *scale[ROWS], *zero[ROWS];
+struct Rows {
+    const uint8_t* data[MOST_ROWS];
+    const float *scale[MOST_ROWS], *zero[MOST_ROWS];
 };
 
 enum Kind { DENSE1 = 1, DENSE2 = 2, DENSE4 = 4, BYTES = 8, CUT = 0 };
 
 // ZEROS: a zero a group, taken off as a float (exact: products of it are below 2^24), else the whole midpoint, which
 // the sums start from.
-template <int P, int M, int KIND, bool ZEROS>
-TARGET __attribute__((noinline)) void dot(const Pair& rows, int64_t row_bytes, const Cut& cut, const Cutter& cutter,
-                                          const Planes& planes, int64_t from, float out[ROWS][MOST]) {
+template <int P, int M, int R, int KIND, bool ZEROS>
+TARGET __attribute__((noinline)) void dot(const Rows& rows, int64_t row_bytes, const Cut& cut, const Cutter& cutter,
+                                          const Planes& planes, int64_t from, float out[MOST_ROWS][MOST]) {
     constexpr int STEPS = KIND == DENSE1 ? 8 : KIND == DENSE2 ? 4 : KIND == DENSE4 ? 2 : 1;
     constexpr int VECTOR = STEPS * P * 64 + 64 + P * 64;
     const int bytes = KIND == CUT ? cutter.chunk_bytes : 64;
@@ -201,14 +223,14 @@ TARGET __attribute__((noinline)) void dot(const Pair& rows, int64_t row_bytes, c
     const uint8_t* inputs[M];
     for (int m = 0; m < M; ++m) inputs[m] = planes.at(from + m, 0);
     const int64_t vectors = cut.vectors;
-    __m512 total[ROWS][M];
-    for (int r = 0; r < ROWS; ++r)
+    __m512 total[R][M];
+    for (int r = 0; r < R; ++r)
         for (int m = 0; m < M; ++m) total[r][m] = _mm512_setzero_ps();
     __mmask64 present = present_bytes(bytes, 0, bytes);
     for (int64_t v = 0; v < vectors; ++v) {
         if (v == vectors - 1) present = present_bytes(row_bytes, v, bytes);
-        __m512i packed[ROWS], sum[ROWS][M][P];
-        for (int r = 0; r < ROWS; ++r) {
+        __m512i packed[R], sum[R][M][P];
+        for (int r = 0; r < R; ++r) {
             _mm_prefetch(reinterpret_cast<const char*>(rows.data[r] + v * bytes + AHEAD), _MM_HINT_T0);
             packed[r] = _mm512_maskz_loadu_epi8(present, rows.data[r] + v * bytes);
             if (KIND == CUT) packed[r] = cut_codes(packed[r], local);
@@ -216,12 +238,12 @@ TARGET __attribute__((noinline)) void dot(const Pair& rows, int64_t row_bytes, c
         for (int m = 0; m < M; ++m)
             for (int p = 0; p < P; ++p) {
                 const __m512i start = _mm512_loadu_si512(inputs[m] + v * VECTOR + (STEPS * P + 1 + p) * 64);
-                for (int r = 0; r < ROWS; ++r) sum[r][m][p] = ZEROS ? _mm512_setzero_si512() : start;
+                for (int r = 0; r < R; ++r) sum[r][m][p] = ZEROS ? _mm512_setzero_si512() : start;
             }
 #pragma GCC unroll 8
         for (int j = 0; j < STEPS; ++j) {
-            __m512i codes[ROWS];
-            for (int r = 0; r < ROWS; ++r) {
+            __m512i codes[R];
+            for (int r = 0; r < R; ++r) {
                 codes[r] = packed[r];
                 if (STEPS > 1 && j) codes[r] = _mm512_srli_epi32(codes[r], KIND * j);
                 if (STEPS > 1) codes[r] = _mm512_and_si512(codes[r], mask);
@@ -229,20 +251,20 @@ TARGET __attribute__((noinline)) void dot(const Pair& rows, int64_t row_bytes, c
             for (int m = 0; m < M; ++m)
                 for (int p = 0; p < P; ++p) {
                     const __m512i input = _mm512_loadu_si512(inputs[m] + v * VECTOR + (j * P + p) * 64);
-                    for (int r = 0; r < ROWS; ++r) sum[r][m][p] = _mm512_dpbusd_epi32(sum[r][m][p], codes[r], input);
+                    for (int r = 0; r < R; ++r) sum[r][m][p] = _mm512_dpbusd_epi32(sum[r][m][p], codes[r], input);
                 }
         }
         const __m512i lanes = _mm512_loadu_si512(cut.relative + 16 * v);
         const int64_t first = cut.first[v];
-        __m512 scale[ROWS], zero[ROWS];
-        for (int r = 0; r < ROWS; ++r) {
+        __m512 scale[R], zero[R];
+        for (int r = 0; r < R; ++r) {
             scale[r] = _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(rows.scale[r] + first));
             if (ZEROS) zero[r] = _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(rows.zero[r] + first));
         }
         for (int m = 0; m < M; ++m) {
             const float* lane = reinterpret_cast<const float*>(inputs[m] + v * VECTOR + STEPS * P * 64);
             const __m512 input_scale = _mm512_loadu_ps(lane);
-            for (int r = 0; r < ROWS; ++r) {
+            for (int r = 0; r < R; ++r) {
                 __m512 value;
                 for (int p = P - 1; p >= 0; --p) {
                     __m512 part = _mm512_cvtepi32_ps(sum[r][m][p]);
@@ -253,53 +275,64 @@ TARGET __attribute__((noinline)) void dot(const Pair& rows, int64_t row_bytes, c
             }
         }
     }
-    for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < R; ++r)
         for (int m = 0; m < M; ++m) out[r][m] = _mm512_reduce_add_ps(total[r][m]);
 }
 
-using Dot = void (*)(const Pair&, int64_t, const Cut&, const Cutter&, const Planes&, int64_t, float[ROWS][MOST]);
+using Dot = void (*)(const Rows&, int64_t, const Cut&, const Cutter&, const Planes&, int64_t, float[MOST_ROWS][MOST]);
 
-template <int P, int M, bool ZEROS>
+// As many rows as leave registers for their sums.
+constexpr int row_count(int planes, int64_t inputs) { return planes * inputs <= 2 ? 4 : 2; }
+
+template <int P, int M, int R, bool ZEROS>
 Dot choose_dot(int bits, bool dense) {
-    if (dense) return bits == 1 ? dot<P, M, DENSE1, ZEROS> : bits == 2 ? dot<P, M, DENSE2, ZEROS> : dot<P, M, DENSE4, ZEROS>;
-    return bits == 8 ? dot<P, M, BYTES, ZEROS> : dot<P, M, CUT, ZEROS>;
+    if (!dense) return bits == 8 ? dot<P, M, R, BYTES, ZEROS> : dot<P, M, R, CUT, ZEROS>;
+    return bits == 1   ? dot<P, M, R, DENSE1, ZEROS>
+           : bits == 2 ? dot<P, M, R, DENSE2, ZEROS>
+                       : dot<P, M, R, DENSE4, ZEROS>;
 }
 
-template <int P, int M>
+template <int P, int M, int R>
 Dot choose_dot(int bits, bool dense, bool zeros) {
-    return zeros ? choose_dot<P, M, true>(bits, dense) : choose_dot<P, M, false>(bits, dense);
+    return zeros ? choose_dot<P, M, R, true>(bits, dense) : choose_dot<P, M, R, false>(bits, dense);
 }
 
-template <int M>
+template <int M, int R>
 Dot choose_dot(int planes, int bits, bool dense, bool zeros) {
-    return planes == 1   ? choose_dot<1, M>(bits, dense, zeros)
-           : planes == 2 ? choose_dot<2, M>(bits, dense, zeros)
-                         : choose_dot<3, M>(bits, dense, zeros);
+    return planes == 1   ? choose_dot<1, M, R>(bits, dense, zeros)
+           : planes == 2 ? choose_dot<2, M, R>(bits, dense, zeros)
+                         : choose_dot<3, M, R>(bits, dense, zeros);
 }
 
-// The part of every product that is alike: a thread's share of the rows in pairs, the inputs `most` at a time.
+// The part of every product that is alike: a thread's rows, R of them at a time, the inputs `most` at a time.
 template <typename Product>
-INLINE void for_row_pairs(const Matrix& w, const Inputs& in, int64_t most, const Product& product) {
+INLINE void for_rows(const Matrix& w, const Inputs& in, int R, int64_t most, const Product& product) {
     const Cutter cutter = make_cutter(w.bits);
-    const Groups groups[ROWS] = {make_groups(w, 5), make_groups(w, 6)};
-    float found[ROWS][MOST];
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < w.rows; row += ROWS) {
-        Pair rows;
-        for (int r = 0; r < ROWS; ++r) {
-            const int64_t at = row + r < w.rows ? row + r : w.rows - 1;
-            read_groups(w, at, cutter, groups[r].scale, groups[r].zero);
-            rows.data[r] = w.qdata + at * w.row_bytes;
-            rows.scale[r] = groups[r].scale;
-            rows.zero[r] = groups[r].zero;
+    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+    const int64_t begin = w.rows * me / threads, end = w.rows * (me + 1) / threads, step = (end - begin + R - 1) / R;
+    const auto row_at = [&](int r, int64_t i) { return begin + r * step + i < end ? begin + r * step + i : end - 1; };
+    // Scales are read one turn ahead: a load that straddles stores just made would wait for them.
+    Groups groups[2][MOST_ROWS];
+    for (int i = 0; i < 2 * R; ++i) groups[i / R][i % R] = make_groups(w, i, 2 * R);
+    for (int r = 0; r < R && step; ++r) read_groups(w, row_at(r, 0), cutter, groups[0][r].scale, groups[0][r].zero);
+    float found[MOST_ROWS][MOST];
+    Rows rows;
+    for (int64_t i = 0; i < step; ++i) {
+        int64_t at[MOST_ROWS];  // at the end of a share some rows are done twice
+        for (int r = 0; r < R; ++r) {
+            const Groups &now = groups[i & 1][r], &next = groups[~i & 1][r];
+            at[r] = row_at(r, i);
+            rows.data[r] = w.qdata + at[r] * w.row_bytes;
+            rows.scale[r] = now.scale;
+            rows.zero[r] = now.zero;
+            if (i + 1 < step) read_groups(w, row_at(r, i + 1), cutter, next.scale, next.zero);
         }
-        for (int64_t i = 0; i < in.count; i += most) {
-            const int64_t count = in.count - i < most ? in.count - i : most;
-            product(rows, i, count, found);
-            for (int r = 0; r < ROWS && row + r < w.rows; ++r) {
-                const float add = in.bias ? load_float(in.bias, row + r, in.bias_type) : 0.f;
-                for (int k = 0; k < count; ++k)
-                    store_float(in.out, (i + k) * w.rows + row + r, in.type, found[r][k] + add);
+        for (int64_t k = 0; k < in.count; k += most) {
+            const int64_t count = in.count - k < most ? in.count - k : most;
+            product(rows, k, count, found);
+            for (int r = 0; r < R; ++r) {
+                const float add = in.bias ? load_float(in.bias, at[r], in.bias_type) : 0.f;
+                for (int m = 0; m < count; ++m) store_float(in.out, (k + m) * w.rows + at[r], in.type, found[r][m] + add);
             }
         }
     }
@@ -314,18 +347,23 @@ TARGET void integer_linear(const Matrix& w, const Inputs& in) {
     planes.token_bytes = planes.vector_bytes * cut.vectors;
     planes.data = scratch<uint8_t>(1, in.count * planes.token_bytes);
     const int most = planes.count == 3 ? 2 : MOST;
-    const Dot dots[] = {nullptr, choose_dot<1>(planes.count, w.bits, dense, zeros),
-                        choose_dot<2>(planes.count, w.bits, dense, zeros),
-                        choose_dot<3>(planes.count, w.bits, dense, zeros),
-                        choose_dot<4>(planes.count, w.bits, dense, zeros)};
+    const int R = row_count(planes.count, in.count), bits = w.bits;
+    const Dot dots[] = {nullptr,
+                        R == 4 ? choose_dot<1, 4>(planes.count, bits, dense, zeros)
+                               : choose_dot<1, 2>(planes.count, bits, dense, zeros),
+                        R == 4 ? choose_dot<2, 4>(planes.count, bits, dense, zeros)
+                               : choose_dot<2, 2>(planes.count, bits, dense, zeros),
+                        choose_dot<3, 2>(planes.count, bits, dense, zeros),
+                        choose_dot<4, 2>(planes.count, bits, dense, zeros)};
+    const auto fill = cut.steps == 1 ? fill_token<1> : cut.steps == 2 ? fill_token<2> : cut.steps == 4 ? fill_token<4> : fill_token<8>;
     bool finite = true;
 #pragma omp parallel reduction(&& : finite)
     {
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < in.count; ++token)
-            finite = fill_token(w, in, cut, planes, token, !zeros) && finite;
+            finite = fill(w, in, cut, planes, token, !zeros) && finite;
         const Cutter cutter = make_cutter(w.bits);
-        for_row_pairs(w, in, most, [&](const Pair& rows, int64_t i, int64_t count, float found[ROWS][MOST]) {
+        for_rows(w, in, R, most, [&](const Rows& rows, int64_t i, int64_t count, float found[MOST_ROWS][MOST]) {
             dots[count](rows, w.row_bytes, cut, cutter, planes, i, found);
         });
     }
@@ -345,20 +383,20 @@ TARGET void order_floats(const Inputs& in, int64_t token, int64_t columns, int64
             }
 }
 
-template <int M>
-TARGET __attribute__((noinline)) void dot_bytes(const Matrix& w, const Pair& rows, const ByteTable& bytes,
-                                                const Cut& cut, const float* x, float out[ROWS][MOST]) {
+template <int M, int R>
+TARGET __attribute__((noinline)) void dot_bytes(const Matrix& w, const Rows& rows, const ByteTable& bytes,
+                                                const Cut& cut, const float* x, float out[MOST_ROWS][MOST]) {
     const ByteTable table = bytes;
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
     const int64_t vectors = cut.vectors, step = vectors * CHUNK;
-    __m512 total[ROWS][M];
-    for (int r = 0; r < ROWS; ++r)
+    __m512 total[R][M];
+    for (int r = 0; r < R; ++r)
         for (int m = 0; m < M; ++m) total[r][m] = _mm512_setzero_ps();
     for (int64_t v = 0; v < vectors; ++v) {
         const __mmask64 present = present_bytes(w.row_bytes, v, CHUNK);
         const __m512i lanes = _mm512_loadu_si512(cut.relative + 16 * v);
-        __m512 number[ROWS][4], scale[ROWS];
-        for (int r = 0; r < ROWS; ++r) {
+        __m512 number[R][4], scale[R];
+        for (int r = 0; r < R; ++r) {
             _mm_prefetch(reinterpret_cast<const char*>(rows.data[r] + v * CHUNK + AHEAD), _MM_HINT_T0);
             __m512i first, second;
             look_up_bytes(_mm512_maskz_loadu_epi8(present, rows.data[r] + v * CHUNK), table, &first, &second);
@@ -369,20 +407,20 @@ TARGET __attribute__((noinline)) void dot_bytes(const Matrix& w, const Pair& row
             scale[r] = _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(rows.scale[r] + cut.first[v]));
         }
         for (int m = 0; m < M; ++m)
-            for (int r = 0; r < ROWS; ++r) {
+            for (int r = 0; r < R; ++r) {
                 __m512 sum = _mm512_mul_ps(number[r][0], _mm512_loadu_ps(x + m * step + v * CHUNK));
                 for (int part = 1; part < 4; ++part)
                     sum = _mm512_fmadd_ps(number[r][part], _mm512_loadu_ps(x + m * step + v * CHUNK + 16 * part), sum);
                 total[r][m] = _mm512_fmadd_ps(scale[r], sum, total[r][m]);
             }
     }
-    for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < R; ++r)
         for (int m = 0; m < M; ++m) out[r][m] = _mm512_reduce_add_ps(total[r][m]);
 }
 
 TARGET void byte_linear(const Matrix& w, const Inputs& in, const ByteTable& table) {
-    using DotBytes = void (*)(const Matrix&, const Pair&, const ByteTable&, const Cut&, const float*, float[ROWS][MOST]);
-    constexpr DotBytes dots[] = {nullptr, dot_bytes<1>, dot_bytes<2>, dot_bytes<3>, dot_bytes<4>};
+    using DotBytes = void (*)(const Matrix&, const Rows&, const ByteTable&, const Cut&, const float*, float[MOST_ROWS][MOST]);
+    const DotBytes dots[] = {nullptr, in.count == 1 ? dot_bytes<1, 4> : dot_bytes<1, 2>, dot_bytes<2, 2>, dot_bytes<3, 2>, dot_bytes<4, 2>};
     const Cut cut = make_cut(w, 0);
     const int64_t step = cut.vectors * CHUNK;
     float* x = scratch<float>(1, in.count * step);
@@ -391,7 +429,7 @@ TARGET void byte_linear(const Matrix& w, const Inputs& in, const ByteTable& tabl
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < in.count; ++token)
             order_floats(in, token, w.columns, cut.vectors, x + token * step);
-        for_row_pairs(w, in, MOST, [&](const Pair& rows, int64_t i, int64_t count, float found[ROWS][MOST]) {
+        for_rows(w, in, in.count == 1 ? 4 : 2, MOST, [&](const Rows& rows, int64_t i, int64_t count, float found[MOST_ROWS][MOST]) {
             dots[count](w, rows, table, cut, x + i * step, found);
         });
     }
@@ -413,7 +451,7 @@ TARGET void linear(const Matrix& w, const Inputs& in) {
 TARGET void rows(const Matrix& w, const int64_t* indices, int64_t count, int32_t type, void* out) {
 #pragma omp parallel if (count * w.columns > 4096)
     {
-        Decoder decoder(w, 5);
+        Decoder decoder(w);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < count; ++i) {
             decoder.start(indices ? indices[i] : i);
