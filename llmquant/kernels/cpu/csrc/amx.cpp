@@ -14,7 +14,9 @@
 #include "activations.h"
 #include "decode.h"
 
-#define TILES __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,f16c,fma,amx-tile,amx-bf16")))
+#define TILES                                                                                             \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx512bf16,f16c,fma," \
+                          "amx-tile,amx-bf16")))
 
 namespace {
 
@@ -91,25 +93,170 @@ TARGET void pack_inputs(const Matrix& w, const Inputs& in, int64_t first, uint8_
     }
 }
 
-// Rows `first` .. `last` - 1, columns `start` .. `stop` - 1 as tiles [rows / 16, chunks] of 16 rows x 32 columns.
-TARGET void decode_panel(Decoder& decoder, int64_t first, int64_t last, int64_t start, int64_t stop, uint8_t* out) {
-    const int64_t chunks = (stop - start + WIDTH - 1) / WIDTH;
-    for (int64_t row = first; row < last; ++row) {
-        decoder.start(row);
-        uint8_t* to = out + (row - first) / TILE * chunks * TILE_BYTES + (row - first) % TILE * 64;
-        for (int64_t k = start; k < stop; k += CHUNK, to += 2 * TILE_BYTES) {
-            __m512i values[2];
-            decoder.bfloats(k / CHUNK, values);
-            _mm512_store_si512(to, values[0]);
-            if (k + WIDTH < stop) _mm512_store_si512(to + TILE_BYTES, values[1]);
+// --- weights as bfloat16 ------------------------------------------------------------------------------------
+
+// How codes become bfloat16 numbers.
+//   TABLE: up to five bits: the values of all codes, rounded once a group, and `vpermw` looks them up;
+//   NUMBERS: more bits: converted, zero taken off, multiplied by the scale;
+//   FLOAT8: tables of bytes; any other table goes through float32.
+// Where a row has one scale it is left out here, which is exact, and multiplied with the sums.
+enum How { TABLE, NUMBERS, FLOAT8, OTHER };
+
+struct Panel {
+    const Matrix& w;
+    const Cutter cutter;
+    const Groups groups;
+    const bool one_scale;
+    How how;
+    void (Panel::*look_up)(const uint8_t*, int64_t, int64_t, uint8_t*) const;
+    ByteTable bytes;
+    alignas(64) uint8_t from[64], shifts[64];  // see `by_table`
+    alignas(64) float numbers[32];
+
+    TILES explicit Panel(const Matrix& matrix)
+        : w(matrix), cutter(make_cutter(matrix.bits)), groups(make_groups(matrix)), one_scale(matrix.groups == 1) {
+        const bool halves = one_scale || w.group % 32 == 0;
+        if (w.table && w.bits == 8 && one_scale && make_byte_table(w.table, &bytes))
+            how = FLOAT8;
+        else
+            how = w.bits <= 5 && halves ? TABLE : !w.table && halves ? NUMBERS : OTHER;
+        const bool zeros = w.zero_point != nullptr;
+        look_up = w.bits <= 4 ? (zeros ? &Panel::by_table<true, true> : &Panel::by_table<true, false>)
+                              : (zeros ? &Panel::by_table<false, true> : &Panel::by_table<false, false>);
+        const int top = (1 << w.bits) - 1;
+        for (int i = 0; i < 64; ++i) {
+            const int first_bit = i / 8 * 4 * w.bits;
+            from[i] = static_cast<uint8_t>((first_bit / 8 + i % 8) & 31);
+            shifts[i] = static_cast<uint8_t>(first_bit % 8 + i % 8 / 2 * w.bits);
+        }
+        for (int i = 0; i < 32; ++i) numbers[i] = w.table ? w.table[i & top] : static_cast<float>(i & top);
+    }
+
+    // Rows first .. last - 1, columns start .. stop - 1 as tiles [rows / 16, chunks] of 16 rows x 32 columns.
+    TILES void decode(int64_t first, int64_t last, int64_t start, int64_t stop, uint8_t* out) const {
+        const int64_t chunks = (stop - start + WIDTH - 1) / WIDTH;
+        for (int64_t row = first; row < last; ++row) {
+            if (one_scale)
+                read_groups(w, row, cutter, groups.scale, groups.zero);
+            else
+                read_groups(w, row, cutter, groups.scale, groups.zero, start / w.group, (stop - 1) / w.group + 1);
+            uint8_t* to = out + (row - first) / TILE * chunks * TILE_BYTES + (row - first) % TILE * 64;
+            const uint8_t* data = w.qdata + row * w.row_bytes;
+            // Rows are read piece by piece, which no hardware foresees: fetch the next piece, or the next panel's first.
+            const uint8_t* ahead = stop < w.columns ? data + stop * w.bits / 8 : data + (last - first) * w.row_bytes;
+            for (int64_t byte = 0; byte < (stop - start) * w.bits / 8; byte += 64) _mm_prefetch(ahead + byte, _MM_HINT_T1);
+            if (how == TABLE)
+                (this->*look_up)(data, start, stop, to);
+            else if (how == NUMBERS)
+                by_number(data, start, stop, to);
+            else if (how == FLOAT8)
+                by_bytes(data, start, stop, to);
+            else
+                by_float(row, start, stop, to);
         }
     }
-}
 
-// Four tiles of sums: two tiles of rows against two of tokens, `chunks` deep.
+    // A row's scale where it was left out.
+    TILES float row_scale(int64_t row) const {
+        return one_scale && how != OTHER ? load_float(w.scale, row / w.shared, w.scale_type) : 1.f;
+    }
+
+   private:
+    // Calls `set(group)` for each group between two columns, and `put(column, to)` for each 32 columns of it.
+    template <typename Set, typename Put>
+    __attribute__((always_inline)) TILES inline void by_groups(int64_t start, int64_t stop, uint8_t* to, const Set& set,
+                                                              const Put& put) const {
+        int64_t g = one_scale ? 0 : start / w.group;
+        for (int64_t k = start; k < stop; ++g) {
+            const int64_t end = one_scale || (g + 1) * w.group > stop ? stop : (g + 1) * w.group;
+            set(g);
+            for (; k < end; k += WIDTH, to += TILE_BYTES) put(k, to);
+        }
+    }
+
+    // The packed bytes of the 32 codes from column `k` on, and more behind them, but never behind the row.
+    __attribute__((always_inline)) TILES inline __m512i packed_at(const uint8_t* data, int64_t k) const {
+        const int64_t byte = k * w.bits / 8, left = w.row_bytes - byte;
+        if (left >= 32) return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + byte)));
+        return _mm512_castsi256_si512(_mm256_maskz_loadu_epi8((1u << left) - 1, data + byte));
+    }
+
+    // Four codes a 64-bit lane: `vpermb` brings the bytes they lie in, `vpmultishiftqb` each one to a word, with other
+    // bits above it; `vpermw` looks at five, so the table repeats itself where codes are shorter (SHORT).
+    template <bool SHORT, bool ZEROS>
+    TILES void by_table(const uint8_t* data, int64_t start, int64_t stop, uint8_t* to) const {
+        const __m512i bytes_from = _mm512_load_si512(from), shift = _mm512_load_si512(shifts);
+        const __m512 middle = _mm512_set1_ps(ZEROS || w.table ? 0.f : w.midpoint);
+        const __m512 low = _mm512_sub_ps(_mm512_load_ps(numbers), middle);
+        const __m512 high = _mm512_sub_ps(_mm512_load_ps(numbers + 16), middle);
+        const int64_t step = 4 * w.bits, per = one_scale ? stop : w.group / WIDTH;
+        const float one = 1.f, *scale = one_scale ? &one : groups.scale + start / w.group;
+        const float* zero = one_scale ? groups.zero : groups.zero + start / w.group;
+        int64_t left = one_scale ? per : per - start % w.group / WIDTH;
+        const auto make_table = [&]() TILES __attribute__((always_inline)) {
+            const __m512 s = _mm512_set1_ps(*scale++), z = _mm512_set1_ps(ZEROS ? *zero++ : 0.f);
+            const __m512 first = _mm512_mul_ps(ZEROS ? _mm512_sub_ps(low, z) : low, s);
+            const __m512 second = SHORT ? first : _mm512_mul_ps(ZEROS ? _mm512_sub_ps(high, z) : high, s);
+            return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+        };
+        const uint8_t* packed = data + start / WIDTH * step;
+        const uint8_t* last = data + w.row_bytes - 32;  // up to here 32 bytes can be read
+        __m512i table = make_table();
+        for (int64_t k = start; k < stop; k += WIDTH, packed += step, to += TILE_BYTES) {
+            if (left-- == 0) table = make_table(), left = per - 1;
+            const __m256i bytes = packed <= last ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed))
+                                                 : _mm256_maskz_loadu_epi8((1u << (last + 32 - packed)) - 1, packed);
+            const __m512i lanes = _mm512_permutexvar_epi8(bytes_from, _mm512_castsi256_si512(bytes));
+            const __m512i codes = _mm512_multishift_epi64_epi8(shift, lanes);
+            _mm512_store_si512(to, _mm512_permutexvar_epi16(codes, table));
+        }
+    }
+
+    TILES void by_number(const uint8_t* data, int64_t start, int64_t stop, uint8_t* to) const {
+        __m512 scale = _mm512_setzero_ps(), zero = scale;
+        by_groups(
+            start, stop, to,
+            [&](int64_t g) TILES __attribute__((always_inline)) {
+                scale = _mm512_set1_ps(one_scale ? 1.f : groups.scale[g]);
+                zero = _mm512_set1_ps(groups.zero[g]);
+            },
+            [&](int64_t k, uint8_t* tile_row) TILES __attribute__((always_inline)) {
+                const __m256i codes = _mm512_castsi512_si256(cut_codes(packed_at(data, k), cutter));
+                const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(codes)));
+                const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(codes, 1)));
+                const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_sub_ps(high, zero), scale),
+                                                          _mm512_mul_ps(_mm512_sub_ps(low, zero), scale));
+                _mm512_store_si512(tile_row, reinterpret_cast<__m512i>(both));
+            });
+    }
+
+    TILES void by_bytes(const uint8_t* data, int64_t start, int64_t stop, uint8_t* to) const {
+        // `look_up_bytes` leaves columns in eights: 0, 2, 4, 6 of them in the first vector, the odd ones in the second.
+        const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+        for (int64_t k = start; k < stop; k += CHUNK, to += 2 * TILE_BYTES) {
+            __m512i first, second;
+            look_up_bytes(codes_of(data, w.row_bytes, k / CHUNK, cutter), bytes, &first, &second);
+            _mm512_store_si512(to, _mm512_permutex2var_epi64(first, low, second));
+            if (k + WIDTH < stop) _mm512_store_si512(to + TILE_BYTES, _mm512_permutex2var_epi64(first, high, second));
+        }
+    }
+
+    TILES void by_float(int64_t row, int64_t start, int64_t stop, uint8_t* to) const {
+        const Decoder decoder(w, groups, row);
+        for (int64_t k = start; k < stop; k += CHUNK, to += 2 * TILE_BYTES) {
+            const __m512i codes = decoder.codes(k / CHUNK);
+            for (int q = 0; q < 4 && k + 16 * q < stop; ++q)
+                _mm256_store_si256(reinterpret_cast<__m256i*>(to + q / 2 * TILE_BYTES + q % 2 * 32),
+                                   to_bfloat(decoder.floats(codes, k / CHUNK, q)));
+        }
+    }
+};
+
+// Four tiles of sums: two tiles of rows against two of tokens, `chunks` deep. Meanwhile `lines` cache lines a chunk are
+// fetched from `next` on.
 template <int A, int B>
 TILES inline void multiply(const uint8_t* a, int64_t a_step, const uint8_t* b, int64_t b_step, int64_t chunks,
-                           float* c, int64_t c_step, bool first) {
+                           float* c, int64_t c_step, bool first, const uint8_t* next, int64_t lines) {
     if (first) {
         _tile_zero(0);
         if (B > 1) _tile_zero(1);
@@ -122,6 +269,7 @@ TILES inline void multiply(const uint8_t* a, int64_t a_step, const uint8_t* b, i
         if (A > 1 && B > 1) _tile_loadd(3, c + c_step + 256, 64);
     }
     for (int64_t i = 0; i < chunks; ++i, a += TILE_BYTES, b += TILE_BYTES) {
+        for (int64_t line = 0; line < lines; ++line, next += 64) _mm_prefetch(next, _MM_HINT_T1);
         _tile_loadd(4, a, 64);
         _tile_loadd(6, b, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -141,16 +289,32 @@ TILES inline void multiply(const uint8_t* a, int64_t a_step, const uint8_t* b, i
     if (A > 1 && B > 1) _tile_stored(3, c + c_step + 256, 64);
 }
 
-// A tile of sums, [16 rows, 16 tokens], to the output [tokens, rows].
-TARGET void store_tile(const Matrix& w, const Inputs& in, const float* sums, int64_t row, int64_t token) {
+// A tile of sums, [16 rows, 16 tokens], as floats [tokens, rows]: scaled where the scale was left out, and with bias.
+TARGET void finish_tile(const Panel& panel, const Inputs& in, const float* sums, int64_t row, __m512 out[TILE]) {
+    const Matrix& w = panel.w;
     __m512i v[TILE];
     for (int i = 0; i < TILE; ++i) v[i] = _mm512_load_si512(sums + 16 * i);
     transpose(v);
-    const __mmask16 present = first_lanes(w.rows - row);
-    const __m512 bias = in.bias ? load_floats(in.bias, row, in.bias_type, present) : _mm512_setzero_ps();
-    for (int i = 0; i < TILE && token + i < in.count; ++i)
-        store_floats(in.out, (token + i) * w.rows + row, in.type, present,
-                     _mm512_add_ps(_mm512_castsi512_ps(v[i]), bias));
+    alignas(64) float scales[TILE];
+    for (int i = 0; i < TILE; ++i) scales[i] = panel.row_scale(row + i < w.rows ? row + i : w.rows - 1);
+    const __m512 scale = _mm512_load_ps(scales);
+    const __m512 bias = in.bias ? load_floats(in.bias, row, in.bias_type, first_lanes(w.rows - row)) : _mm512_setzero_ps();
+    for (int i = 0; i < TILE; ++i) out[i] = _mm512_fmadd_ps(_mm512_castsi512_ps(v[i]), scale, bias);
+}
+
+// One or two tiles of sums, 16 or 32 rows of 16 tokens, to the output [tokens, rows]: whole cache lines where it can be.
+TILES void store_tiles(const Panel& panel, const Inputs& in, const float* sums, int64_t step, int64_t row, int64_t token) {
+    const int64_t rows = panel.w.rows;
+    __m512 low[TILE], high[TILE];
+    finish_tile(panel, in, sums, row, low);
+    if (step) finish_tile(panel, in, sums + step, row + TILE, high);
+    const int64_t left = rows - row;
+    const __mmask32 present = left >= 32 ? ~0u : (1u << left) - 1;
+    for (int i = 0; i < TILE && token + i < in.count; ++i) {
+        const __m512bh both = _mm512_cvtne2ps_pbh(step ? high[i] : low[i], low[i]);
+        _mm512_mask_storeu_epi16(static_cast<uint16_t*>(in.out) + (token + i) * rows + row,
+                                 step ? present : present & 0xffff, reinterpret_cast<__m512i>(both));
+    }
 }
 
 TILES void tile_linear(const Matrix& w, const Inputs& in, int64_t threads) {
@@ -161,7 +325,7 @@ TILES void tile_linear(const Matrix& w, const Inputs& in, int64_t threads) {
     static const TileConfig config;
 #pragma omp parallel num_threads(threads)
     {
-        Decoder decoder(w);
+        const Panel weights(w);
         uint8_t* decoded = scratch<uint8_t>(1, panel * DEPTH * 2);
         float* sums = scratch<float>(2, panel * tokens * TILE);
         _tile_loadconfig(&config);
@@ -172,21 +336,27 @@ TILES void tile_linear(const Matrix& w, const Inputs& in, int64_t threads) {
             const int64_t last = row + panel < w.rows ? row + panel : w.rows, tiles = (last - row + TILE - 1) / TILE;
             for (int64_t k = 0; k < w.columns; k += DEPTH) {
                 const int64_t stop = k + DEPTH < w.columns ? k + DEPTH : w.columns, deep = (stop - k + WIDTH - 1) / WIDTH;
-                decode_panel(decoder, row, last, k, stop, decoded);
+                weights.decode(row, last, k, stop, decoded);
                 for (int64_t t = 0; t < tokens; t += 2) {
                     const uint8_t* b = packed + (t * chunks + k / WIDTH) * TILE_BYTES;
+                    // The next two tiles of tokens come from afar: each pair of row tiles fetches its share of them.
+                    const int64_t pairs = (tiles + 1) / 2, lines = (2 * TILE + pairs - 1) / pairs;
                     for (int64_t r = 0; r < tiles; r += 2) {
                         const uint8_t* a = decoded + r * deep * TILE_BYTES;
                         float* c = sums + (r * tokens + t) * 256;
+                        const int64_t share = r / 2 * lines * deep * 64;
+                        const uint8_t* next = b + (share < deep * TILE_BYTES ? 2 * chunks * TILE_BYTES + share
+                                                                             : (3 * chunks - deep) * TILE_BYTES + share);
                         const auto run = r + 1 < tiles ? (t + 1 < tokens ? multiply<2, 2> : multiply<2, 1>)
                                                        : (t + 1 < tokens ? multiply<1, 2> : multiply<1, 1>);
-                        run(a, deep * TILE_BYTES, b, chunks * TILE_BYTES, deep, c, tokens * 256, k == 0);
+                        run(a, deep * TILE_BYTES, b, chunks * TILE_BYTES, deep, c, tokens * 256, k == 0, next, lines);
                     }
                 }
             }
-            for (int64_t r = 0; r < tiles; ++r)
-                for (int64_t t = 0; t < tokens; ++t)
-                    store_tile(w, in, sums + (r * tokens + t) * 256, row + r * TILE, t * TILE);
+            for (int64_t t = 0; t < tokens; ++t)
+                for (int64_t r = 0; r < tiles; r += 2)
+                    store_tiles(weights, in, sums + (r * tokens + t) * 256, r + 1 < tiles ? tokens * 256 : 0,
+                                row + r * TILE, t * TILE);
         }
         _tile_release();
     }

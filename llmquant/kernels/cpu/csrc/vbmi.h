@@ -89,28 +89,34 @@ INLINE __m512i quarter(__m512i codes, int q) {
 }
 
 template <int32_t TYPE>
-INLINE void read_scales(const Matrix& w, int64_t at, float* scale) {
+INLINE void read_scales(const void* data, int64_t at, int64_t count, float* scale) {
     int64_t g = 0;
-    for (; g + 16 <= w.groups; g += 16) _mm512_storeu_ps(scale + g, load_floats(w.scale, at + g, TYPE, 0xffff));
-    if (g < w.groups) _mm512_storeu_ps(scale + g, load_floats(w.scale, at + g, TYPE, first_lanes(w.groups - g)));
+    for (; g + 16 <= count; g += 16) _mm512_storeu_ps(scale + g, load_floats(data, at + g, TYPE, 0xffff));
+    if (g < count) _mm512_storeu_ps(scale + g, load_floats(data, at + g, TYPE, first_lanes(count - g)));
 }
 
-// The scales and zeros of a row's groups as float32; both have room for 80 entries more.
-INLINE void read_groups(const Matrix& w, int64_t row, const Cutter& cut, float* scale, float* zero) {
-    const int64_t at = (w.shared == 1 ? row : row / w.shared) * w.groups;
+// The scales and zeros of a row's groups `first` to `last` - 1 as float32, each at its own place; both have room for 80
+// entries more than there are groups.
+INLINE void read_groups(const Matrix& w, int64_t row, const Cutter& cut, float* scale, float* zero, int64_t first,
+                        int64_t last) {
+    const int64_t at = (w.shared == 1 ? row : row / w.shared) * w.groups + first, count = last - first;
     // One loop a type, so that it is not asked for every vector.
     if (w.scale_type == FLOAT_F32)
-        read_scales<FLOAT_F32>(w, at, scale);
+        read_scales<FLOAT_F32>(w.scale, at, count, scale + first);
     else if (w.scale_type == FLOAT_F16)
-        read_scales<FLOAT_F16>(w, at, scale);
+        read_scales<FLOAT_F16>(w.scale, at, count, scale + first);
     else
-        read_scales<FLOAT_BF16>(w, at, scale);
+        read_scales<FLOAT_BF16>(w.scale, at, count, scale + first);
     if (!w.zero_point) return;
-    for (int64_t c = 0; c * CHUNK < w.groups; ++c) {
+    for (int64_t c = first / CHUNK; c * CHUNK < last; ++c) {
         const __m512i codes = codes_of(w.zero_point + row / w.shared * zero_bytes(w), zero_bytes(w), c, cut);
         for (int q = 0; q < 4; ++q)
             _mm512_storeu_ps(zero + c * CHUNK + 16 * q, _mm512_cvtepi32_ps(quarter(codes, q)));
     }
+}
+
+INLINE void read_groups(const Matrix& w, int64_t row, const Cutter& cut, float* scale, float* zero) {
+    read_groups(w, row, cut, scale, zero, 0, w.groups);
 }
 
 // Scales and zeros of the row at hand, in memory that the thread keeps: number `i` of `count` that it needs at a time.

@@ -451,10 +451,12 @@ TARGET void linear(const Matrix& w, const Inputs& in) {
 TARGET void rows(const Matrix& w, const int64_t* indices, int64_t count, int32_t type, void* out) {
 #pragma omp parallel if (count * w.columns > 4096)
     {
-        Decoder decoder(w);
+        const Groups groups = make_groups(w);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < count; ++i) {
-            decoder.start(indices ? indices[i] : i);
+            const int64_t row = indices ? indices[i] : i;
+            const Decoder decoder(w, groups, row);
+            read_groups(w, row, decoder.cutter, groups.scale, groups.zero);
             for (int64_t c = 0; c * CHUNK < w.columns; ++c) {
                 const __m512i codes = decoder.codes(c);
                 for (int q = 0; q < 4 && c * CHUNK + 16 * q < w.columns; ++q)
