@@ -11,7 +11,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "activations.h"
 #include "decode.h"
 
 #define TILES                                                                                             \
@@ -24,7 +23,7 @@ constexpr int64_t TILE = 16, WIDTH = 32;                 // rows (or tokens) and
 constexpr int64_t PANEL = 256, DEPTH = 512;              // rows and columns that are decoded at a time
 constexpr int64_t MOST_PACKED = 16 << 20;                // bytes of inputs that are packed at a time
 constexpr int64_t TILE_BYTES = 1024;
-constexpr int64_t FEWEST = 9;  // inputs for which a tile is worth its setting up
+constexpr int64_t FEWEST_PLAIN = 7, FEWEST_CODES = 10;  // inputs from which tiles are faster than vectors
 
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -64,12 +63,14 @@ INLINE __m512i load_bfloats(const uint16_t* x, int64_t left) {
 }
 
 // The token's int8 activations, decoded again and rounded to bfloat16.
-void decode_activations(const Inputs& in, int64_t token, int64_t columns, uint16_t* out) {
-    int16_t* codes = scratch<int16_t>(3, columns);
+TARGET void decode_activations(const Inputs& in, int64_t token, int64_t columns, uint16_t* out) {
+    int32_t* codes = scratch<int32_t>(3, in.group + 16);
     for (int64_t start = 0; start < columns; start += in.group) {
         const int64_t count = start + in.group < columns ? in.group : columns - start;
-        const float scale = quantize_inputs(in, token * columns + start, count, codes);
-        for (int64_t k = 0; k < count; ++k) out[start + k] = float_to_bfloat(static_cast<float>(codes[k]) * scale);
+        const __m512 scale = _mm512_set1_ps(quantize_group(in, token * columns + start, count, codes));
+        for (int64_t k = 0; k < count; k += 16)
+            store_floats(out, start + k, FLOAT_BF16, first_lanes(count - k),
+                         _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(codes + k)), scale));
     }
 }
 
@@ -103,12 +104,18 @@ TARGET void pack_inputs(const Matrix& w, const Inputs& in, int64_t first, uint8_
 enum How { TABLE, NUMBERS, FLOAT8, OTHER };
 
 struct Panel {
+    // What is alike for all rows of a panel: the columns, the bytes of a row of tiles, the groups of the columns, the
+    // cache lines of a row's codes, and how far behind the row's start the codes lie that are wanted next.
+    struct Block {
+        int64_t start, stop, tile_bytes, group, groups, lines, ahead;
+    };
+
     const Matrix& w;
     const Cutter cutter;
     const Groups groups;
     const bool one_scale;
     How how;
-    void (Panel::*look_up)(const uint8_t*, int64_t, int64_t, uint8_t*) const;
+    void (Panel::*look_up)(int64_t, int64_t, const Block&, uint8_t*) const;
     ByteTable bytes;
     alignas(64) uint8_t from[64], shifts[64];  // see `by_table`
     alignas(64) float numbers[32];
@@ -134,26 +141,19 @@ struct Panel {
 
     // Rows first .. last - 1, columns start .. stop - 1 as tiles [rows / 16, chunks] of 16 rows x 32 columns.
     TILES void decode(int64_t first, int64_t last, int64_t start, int64_t stop, uint8_t* out) const {
-        const int64_t chunks = (stop - start + WIDTH - 1) / WIDTH;
-        for (int64_t row = first; row < last; ++row) {
-            if (one_scale)
-                read_groups(w, row, cutter, groups.scale, groups.zero);
-            else
-                read_groups(w, row, cutter, groups.scale, groups.zero, start / w.group, (stop - 1) / w.group + 1);
-            uint8_t* to = out + (row - first) / TILE * chunks * TILE_BYTES + (row - first) % TILE * 64;
-            const uint8_t* data = w.qdata + row * w.row_bytes;
-            // Rows are read piece by piece, which no hardware foresees: fetch the next piece, or the next panel's first.
-            const uint8_t* ahead = stop < w.columns ? data + stop * w.bits / 8 : data + (last - first) * w.row_bytes;
-            for (int64_t byte = 0; byte < (stop - start) * w.bits / 8; byte += 64) _mm_prefetch(ahead + byte, _MM_HINT_T1);
-            if (how == TABLE)
-                (this->*look_up)(data, start, stop, to);
-            else if (how == NUMBERS)
-                by_number(data, start, stop, to);
-            else if (how == FLOAT8)
-                by_bytes(data, start, stop, to);
-            else
-                by_float(row, start, stop, to);
-        }
+        Block at = {start, stop, (stop - start + WIDTH - 1) / WIDTH * TILE_BYTES, 0, 1, 0, stop * w.bits / 8};
+        if (!one_scale) at.group = start / w.group, at.groups = (stop - 1) / w.group + 1 - at.group;
+        at.lines = ((stop - start) * w.bits / 8 + 63) / 64;
+        // Rows are read piece by piece, which no hardware foresees: fetch the next piece, or the next panel's first.
+        if (stop >= w.columns) at.ahead = (last - first) * w.row_bytes;
+        if (how == TABLE)
+            (this->*look_up)(first, last, at, out);
+        else if (how == NUMBERS)
+            each_row(first, last, at, out, [&](int64_t row, uint8_t* to) TILES { by_number(row, at, to); });
+        else if (how == FLOAT8)
+            each_row(first, last, at, out, [&](int64_t row, uint8_t* to) TILES { by_bytes(row, at, to); });
+        else
+            each_row(first, last, at, out, [&](int64_t row, uint8_t* to) TILES { by_float(row, at, to); });
     }
 
     // A row's scale where it was left out.
@@ -162,13 +162,25 @@ struct Panel {
     }
 
    private:
+    // Reads each row's scales and calls `decode_row(row, where its tiles begin)`.
+    template <typename DecodeRow>
+    __attribute__((always_inline)) TILES inline void each_row(int64_t first, int64_t last, const Block& at, uint8_t* out,
+                                                             const DecodeRow& decode_row) const {
+        for (int64_t row = first; row < last; ++row) {
+            const uint8_t* next = w.qdata + row * w.row_bytes + at.ahead;
+            for (int64_t line = 0; line < at.lines; ++line) _mm_prefetch(next + 64 * line, _MM_HINT_T1);
+            read_groups(w, row, cutter, groups.scale, groups.zero, at.group, at.group + at.groups);
+            decode_row(row, out + (row - first) / TILE * at.tile_bytes + (row - first) % TILE * 64);
+        }
+    }
+
     // Calls `set(group)` for each group between two columns, and `put(column, to)` for each 32 columns of it.
     template <typename Set, typename Put>
-    __attribute__((always_inline)) TILES inline void by_groups(int64_t start, int64_t stop, uint8_t* to, const Set& set,
+    __attribute__((always_inline)) TILES inline void by_groups(const Block& at, uint8_t* to, const Set& set,
                                                               const Put& put) const {
-        int64_t g = one_scale ? 0 : start / w.group;
-        for (int64_t k = start; k < stop; ++g) {
-            const int64_t end = one_scale || (g + 1) * w.group > stop ? stop : (g + 1) * w.group;
+        int64_t g = at.group;
+        for (int64_t k = at.start; k < at.stop; ++g) {
+            const int64_t end = one_scale || (g + 1) * w.group > at.stop ? at.stop : (g + 1) * w.group;
             set(g);
             for (; k < end; k += WIDTH, to += TILE_BYTES) put(k, to);
         }
@@ -184,38 +196,43 @@ struct Panel {
     // Four codes a 64-bit lane: `vpermb` brings the bytes they lie in, `vpmultishiftqb` each one to a word, with other
     // bits above it; `vpermw` looks at five, so the table repeats itself where codes are shorter (SHORT).
     template <bool SHORT, bool ZEROS>
-    TILES void by_table(const uint8_t* data, int64_t start, int64_t stop, uint8_t* to) const {
+    TILES void by_table(int64_t first, int64_t last, const Block& at, uint8_t* out) const {
         const __m512i bytes_from = _mm512_load_si512(from), shift = _mm512_load_si512(shifts);
         const __m512 middle = _mm512_set1_ps(ZEROS || w.table ? 0.f : w.midpoint);
         const __m512 low = _mm512_sub_ps(_mm512_load_ps(numbers), middle);
         const __m512 high = _mm512_sub_ps(_mm512_load_ps(numbers + 16), middle);
-        const int64_t step = 4 * w.bits, per = one_scale ? stop : w.group / WIDTH;
-        const float one = 1.f, *scale = one_scale ? &one : groups.scale + start / w.group;
-        const float* zero = one_scale ? groups.zero : groups.zero + start / w.group;
-        int64_t left = one_scale ? per : per - start % w.group / WIDTH;
-        const auto make_table = [&]() TILES __attribute__((always_inline)) {
-            const __m512 s = _mm512_set1_ps(*scale++), z = _mm512_set1_ps(ZEROS ? *zero++ : 0.f);
-            const __m512 first = _mm512_mul_ps(ZEROS ? _mm512_sub_ps(low, z) : low, s);
-            const __m512 second = SHORT ? first : _mm512_mul_ps(ZEROS ? _mm512_sub_ps(high, z) : high, s);
-            return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
-        };
-        const uint8_t* packed = data + start / WIDTH * step;
-        const uint8_t* last = data + w.row_bytes - 32;  // up to here 32 bytes can be read
-        __m512i table = make_table();
-        for (int64_t k = start; k < stop; k += WIDTH, packed += step, to += TILE_BYTES) {
-            if (left-- == 0) table = make_table(), left = per - 1;
-            const __m256i bytes = packed <= last ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed))
-                                                 : _mm256_maskz_loadu_epi8((1u << (last + 32 - packed)) - 1, packed);
-            const __m512i lanes = _mm512_permutexvar_epi8(bytes_from, _mm512_castsi256_si512(bytes));
-            const __m512i codes = _mm512_multishift_epi64_epi8(shift, lanes);
-            _mm512_store_si512(to, _mm512_permutexvar_epi16(codes, table));
-        }
+        const int64_t step = 4 * w.bits, pieces = (at.stop - at.start + WIDTH - 1) / WIDTH;
+        const int64_t per = one_scale ? pieces : w.group / WIDTH, head = one_scale ? per : per - at.start % w.group / WIDTH;
+        const bool scaled = !one_scale;
+        // From so many pieces 32 bytes can be read without leaving the row.
+        const int64_t safe = w.row_bytes < 32 ? 0 : (w.row_bytes - 32) / step - at.start / WIDTH + 1;
+        each_row(first, last, at, out, [&](int64_t row, uint8_t* to) TILES __attribute__((always_inline)) {
+            const uint8_t* packed = w.qdata + row * w.row_bytes + at.start / WIDTH * step;
+            const uint8_t* end = w.qdata + (row + 1) * w.row_bytes;
+            const float *scale = groups.scale + at.group, *zero = groups.zero + at.group;
+            __m512i table = _mm512_setzero_si512();
+            for (int64_t i = 0, left = 0; i < pieces; ++i, packed += step, to += TILE_BYTES) {
+                if (left-- == 0) {
+                    const __m512 s = _mm512_set1_ps(scaled ? *scale++ : 1.f), z = _mm512_set1_ps(ZEROS ? *zero++ : 0.f);
+                    const __m512 a = _mm512_mul_ps(ZEROS ? _mm512_sub_ps(low, z) : low, s);
+                    const __m512 b = SHORT ? a : _mm512_mul_ps(ZEROS ? _mm512_sub_ps(high, z) : high, s);
+                    table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
+                    left = (i ? per : head) - 1;
+                }
+                const __m256i bytes = i < safe ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed))
+                                               : _mm256_maskz_loadu_epi8((1u << (end - packed)) - 1, packed);
+                const __m512i lanes = _mm512_permutexvar_epi8(bytes_from, _mm512_castsi256_si512(bytes));
+                const __m512i codes = _mm512_multishift_epi64_epi8(shift, lanes);
+                _mm512_store_si512(to, _mm512_permutexvar_epi16(codes, table));
+            }
+        });
     }
 
-    TILES void by_number(const uint8_t* data, int64_t start, int64_t stop, uint8_t* to) const {
+    TILES void by_number(int64_t row, const Block& at, uint8_t* to) const {
+        const uint8_t* data = w.qdata + row * w.row_bytes;
         __m512 scale = _mm512_setzero_ps(), zero = scale;
         by_groups(
-            start, stop, to,
+            at, to,
             [&](int64_t g) TILES __attribute__((always_inline)) {
                 scale = _mm512_set1_ps(one_scale ? 1.f : groups.scale[g]);
                 zero = _mm512_set1_ps(groups.zero[g]);
@@ -230,22 +247,23 @@ struct Panel {
             });
     }
 
-    TILES void by_bytes(const uint8_t* data, int64_t start, int64_t stop, uint8_t* to) const {
+    TILES void by_bytes(int64_t row, const Block& at, uint8_t* to) const {
+        const uint8_t* data = w.qdata + row * w.row_bytes;
         // `look_up_bytes` leaves columns in eights: 0, 2, 4, 6 of them in the first vector, the odd ones in the second.
         const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-        for (int64_t k = start; k < stop; k += CHUNK, to += 2 * TILE_BYTES) {
+        for (int64_t k = at.start; k < at.stop; k += CHUNK, to += 2 * TILE_BYTES) {
             __m512i first, second;
             look_up_bytes(codes_of(data, w.row_bytes, k / CHUNK, cutter), bytes, &first, &second);
             _mm512_store_si512(to, _mm512_permutex2var_epi64(first, low, second));
-            if (k + WIDTH < stop) _mm512_store_si512(to + TILE_BYTES, _mm512_permutex2var_epi64(first, high, second));
+            if (k + WIDTH < at.stop) _mm512_store_si512(to + TILE_BYTES, _mm512_permutex2var_epi64(first, high, second));
         }
     }
 
-    TILES void by_float(int64_t row, int64_t start, int64_t stop, uint8_t* to) const {
+    TILES void by_float(int64_t row, const Block& at, uint8_t* to) const {
         const Decoder decoder(w, groups, row);
-        for (int64_t k = start; k < stop; k += CHUNK, to += 2 * TILE_BYTES) {
+        for (int64_t k = at.start; k < at.stop; k += CHUNK, to += 2 * TILE_BYTES) {
             const __m512i codes = decoder.codes(k / CHUNK);
-            for (int q = 0; q < 4 && k + 16 * q < stop; ++q)
+            for (int q = 0; q < 4 && k + 16 * q < at.stop; ++q)
                 _mm256_store_si256(reinterpret_cast<__m256i*>(to + q / 2 * TILE_BYTES + q % 2 * 32),
                                    to_bfloat(decoder.floats(codes, k / CHUNK, q)));
         }
@@ -364,7 +382,7 @@ TILES void tile_linear(const Matrix& w, const Inputs& in, int64_t threads) {
 
 // As many tokens at a time as keep the packed inputs small.
 void linear(const Matrix& w, const Inputs& in) {
-    if (in.type != FLOAT_BF16 || in.count < FEWEST) return VNNI.linear(w, in);
+    if (in.type != FLOAT_BF16 || in.count < (in.activation == PLAIN ? FEWEST_PLAIN : FEWEST_CODES)) return VNNI.linear(w, in);
     const int64_t step = MOST_PACKED / (w.columns * 2) / (2 * TILE) * (2 * TILE), size = 2;
     for (int64_t i = 0, count = step > 2 * TILE ? step : 2 * TILE; i < in.count; i += count) {
         Inputs part = in;

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <limits>
 
 #include "floats.h"
 #include "matrix.h"
@@ -129,6 +130,36 @@ INLINE Groups make_groups(const Matrix& w, int64_t i = 0, int64_t count = 1) {
     float* data = scratch<float>(5, 2 * room * count) + 2 * room * i;
     for (int64_t g = 0; g < room; ++g) data[g] = 0.f, data[room + g] = w.midpoint;
     return {data, data + room};
+}
+
+// `quantize_inputs` of activations.h in vectors: codes minus zero point of `count` inputs from `at` on, and their scale.
+INLINE float quantize_group(const Inputs& in, int64_t at, int64_t count, int32_t* codes) {
+    const bool symmetric = in.activation == SYMMETRIC;
+    __m512 low = _mm512_setzero_ps(), high = low;
+    __mmask16 bad = 0;
+    for (int64_t k = 0; k < count; k += 16) {
+        const __m512 x = load_floats(in.x, at + k, in.type, first_lanes(count - k));
+        low = _mm512_min_ps(low, x);
+        high = _mm512_max_ps(high, x);
+        bad |= _mm512_fpclass_ps_mask(x, 0x99);  // infinities and NaN
+    }
+    const float least = _mm512_reduce_min_ps(low), most = _mm512_reduce_max_ps(high);
+    const float scale = symmetric ? (most > -least ? most : -least) / 127.f : (most - least) / 255.f;
+    const __m512 safe = _mm512_set1_ps(scale > 0 ? scale : 1.f);
+    const __m512i bottom = _mm512_set1_epi32(symmetric ? -127 : -128), top = _mm512_set1_epi32(127);
+    __m512i zero = _mm512_setzero_si512();
+    if (!symmetric) {
+        zero = _mm512_cvtps_epi32(_mm512_sub_ps(_mm512_set1_ps(-128.f), _mm512_div_ps(_mm512_set1_ps(least), safe)));
+        zero = _mm512_max_epi32(_mm512_min_epi32(zero, top), bottom);
+    }
+    for (int64_t k = 0; k < count; k += 16) {
+        const __mmask16 present = first_lanes(count - k);
+        const __m512 x = load_floats(in.x, at + k, in.type, present);
+        const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_div_ps(x, safe)), zero);
+        const __m512i kept = _mm512_sub_epi32(_mm512_max_epi32(_mm512_min_epi32(code, top), bottom), zero);
+        _mm512_mask_storeu_epi32(codes + k, present, kept);
+    }
+    return bad || !(scale <= std::numeric_limits<float>::max()) ? std::numeric_limits<float>::quiet_NaN() : scale;
 }
 
 // Tables of 256 numbers that bfloat16 holds exactly and whose upper half is the lower one with the sign turned: every

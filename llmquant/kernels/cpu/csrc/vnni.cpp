@@ -17,7 +17,6 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <omp.h>
 
-#include "activations.h"
 #include "decode.h"
 
 namespace {
@@ -100,35 +99,9 @@ TARGET bool fix_floats(const Inputs& in, int64_t token, int64_t columns, int64_t
 // Codes of int8 activations, minus their zero point.
 TARGET void fix_codes(const Inputs& in, int64_t token, int64_t columns, int64_t padded, int lane, int32_t* codes,
                       float* scales) {
-    const bool symmetric = in.activation == SYMMETRIC;
     for (int64_t start = 0, i = 0; start < columns; start += in.group) {
-        const int64_t stop = start + in.group < columns ? start + in.group : columns, at = token * columns;
-        __m512 low = _mm512_setzero_ps(), high = low;
-        __mmask16 bad = 0;
-        for (int64_t k = start; k < stop; k += 16) {
-            const __m512 x = load_floats(in.x, at + k, in.type, first_lanes(stop - k));
-            low = _mm512_min_ps(low, x);
-            high = _mm512_max_ps(high, x);
-            bad |= _mm512_fpclass_ps_mask(x, 0x99);
-        }
-        const float least = _mm512_reduce_min_ps(low), most = _mm512_reduce_max_ps(high);
-        const float largest = most > -least ? most : -least;
-        float scale = symmetric ? largest / 127.f : (most - least) / 255.f;
-        const __m512 safe = _mm512_set1_ps(scale > 0 ? scale : 1.f);
-        const __m512i bottom = _mm512_set1_epi32(symmetric ? -127 : -128), top = _mm512_set1_epi32(127);
-        __m512i zero = _mm512_setzero_si512();
-        if (!symmetric) {
-            zero = _mm512_cvtps_epi32(_mm512_sub_ps(_mm512_set1_ps(-128.f), _mm512_div_ps(_mm512_set1_ps(least), safe)));
-            zero = _mm512_max_epi32(_mm512_min_epi32(zero, top), bottom);
-        }
-        if (bad || !(scale <= std::numeric_limits<float>::max())) scale = std::numeric_limits<float>::quiet_NaN();
-        for (int64_t k = start; k < stop; k += 16) {
-            const __mmask16 present = first_lanes(stop - k);
-            const __m512 x = load_floats(in.x, at + k, in.type, present);
-            __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_div_ps(x, safe)), zero);
-            code = _mm512_sub_epi32(_mm512_max_epi32(_mm512_min_epi32(code, top), bottom), zero);
-            _mm512_mask_storeu_epi32(codes + k, present, code);
-        }
+        const int64_t stop = start + in.group < columns ? start + in.group : columns;
+        const float scale = quantize_group(in, token * columns + start, stop - start, codes + start);
         for (; i * lane < stop; ++i) scales[i] = scale;
     }
     for (int64_t k = columns; k < padded; ++k) codes[k] = 0;
