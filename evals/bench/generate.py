@@ -37,6 +37,8 @@ def main() -> None:
     workers = llama_workers(options)
     try:
         turns = {path: torch_turn(path, options) for path in options.models}
+        if options.optimize:
+            turns |= {f"{path}, optimized": torch_turn(path, options, optimize=True) for path in options.models}
         turns |= {name: llama_turn(worker) for name, worker in workers.items()}
         best = fastest(turns, options.rounds)
     except Failed as reason:
@@ -56,6 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=64, help="tokens to generate, greedily; at least 2")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--optimize", action="store_true", help="time each folder after llmquant.optimize too")
     parser.add_argument("--llama-cpp", metavar="PYTHON", help="of an environment with llama-cpp-python")
     parser.add_argument("--gguf", type=Path, nargs="+", metavar="FILE", help="for llama.cpp")
     parser.add_argument(
@@ -95,9 +98,11 @@ def fastest(turns: dict[str, Turn], rounds: int) -> dict[str, tuple[float, float
 # --- torch --------------------------------------------------------------------------------------------
 
 
-def torch_turn(path: str, options: argparse.Namespace) -> Turn:
-    """A model folder in transformers."""
+def torch_turn(path: str, options: argparse.Namespace, optimize: bool = False) -> Turn:
+    """A model folder in transformers, perhaps after `llmquant.optimize`."""
     model = AutoModelForCausalLM.from_pretrained(path).eval()
+    if optimize:
+        llmquant.optimize(model)
     return lambda: measure(model, options.prompt, options.new)
 
 

@@ -2,196 +2,30 @@
 
 Decoding a small model costs more in Python than in arithmetic. Where a call is the plain case (one token for each
 sequence, an ordinary cache, nobody watching) `LeanForward` runs a short list of steps; all else goes to the model's
-own `forward`. A step is one small function, so that a fused kernel can take its place.
+own `forward`. The steps are in `steps.py`, what they take for granted in `guards.py`.
 """
 
 from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llmquant.errors import UnsupportedOpError
+from llmquant.integrations.guards import Guards, Unfit
 from llmquant.integrations.merge import Product, merge, product
-from llmquant.kernels import ops
-from llmquant.kernels.packed import Packed
-from llmquant.tensor import QuantizedTensor
+from llmquant.integrations.steps import ChainedStack, Layer, Norm, Place, can_chain, norm
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 """Prefixes of the classes of transformers whose layers are the steps below."""
 
 SIBLINGS = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 """The layers of a block that read the same input."""
-
-
-# --- the steps ------------------------------------------------------------------------------------------
-
-
-class Place(NamedTuple):
-    """Where the new tokens stand, the same in all layers.
-
-    cos, sin: [1 or B, 1, 1, D], the first half of the sines negated.
-    seen: bool [B, 1, 1, T], the positions that may be looked at; None for all.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    seen: Tensor | None
-
-
-class Norm(NamedTuple):
-    """Weight [n] and epsilon of an RMS norm."""
-
-    weight: Tensor
-    eps: float
-
-
-def norm(x: Tensor, by: Norm) -> Tensor:
-    """RMS norm over the last dimension; rounded to x's dtype before the weight, as transformers does it."""
-    return by.weight * F.rms_norm(x, by.weight.shape, None, by.eps)
-
-
-def linear(x: Tensor, by: Product) -> Tensor:
-    """x [..., K] -> [..., N]."""
-    weight, bias = by
-    return ops.linear(x, weight, bias) if isinstance(weight, Packed) else F.linear(x, weight, bias)
-
-
-def project(x: Tensor, by: tuple[Product, ...]) -> Tensor:
-    """x [..., K] -> the outputs of all layers side by side."""
-    return linear(x, by[0]) if len(by) == 1 else torch.cat([linear(x, one) for one in by], -1)
-
-
-def rope(x: Tensor, at: Place) -> Tensor:
-    """x [B, H, 1, D] turned by its position."""
-    return (x * at.cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(at.sin))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> Tensor:
-    """q [B, H, 1, D], k and v [B, H / groups, T, D] -> [B, 1, H * D]."""
-    batch, heads = q.shape[0], k.shape[1]
-    if seen is None:
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != heads)
-    else:  # the queries of a group as rows, as transformers lays them out
-        rows = q.reshape(batch, heads, -1, q.shape[-1])
-        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale)
-    return out.reshape(batch, 1, -1)
-
-
-def gate(x: Tensor) -> Tensor:
-    """x [..., 2 * width] -> silu of its first half times the second."""
-    gates, up = x.chunk(2, -1)
-    return F.silu(gates).mul_(up)
-
-
-@dataclass(slots=True)
-class Layer:
-    """What one decoder layer needs."""
-
-    input_norm: Norm
-    qkv: tuple[Product, ...]
-    q_norm: Norm | None
-    k_norm: Norm | None
-    out: Product
-    post_norm: Norm
-    gate_up: tuple[Product, ...]
-    down: Product
-    q_heads: int
-    k_heads: int
-    head_dim: int
-    scale: float
-
-    def __call__(self, x: Tensor, at: Place, cache: DynamicLayer) -> Tensor:
-        """x [B, 1, hidden] -> the same; appends to the cache."""
-        x = x + linear(self.attention(norm(x, self.input_norm), at, cache), self.out)
-        return x + linear(gate(project(norm(x, self.post_norm), self.gate_up)), self.down)
-
-    def attention(self, x: Tensor, at: Place, cache: DynamicLayer) -> Tensor:
-        """x [B, 1, hidden] -> the heads' outputs, [B, 1, H * D]."""
-        heads = (self.q_heads, self.k_heads)
-        qkv = project(x, self.qkv).view(x.shape[0], -1, 1, self.head_dim)
-        qk, v = qkv.split_with_sizes((sum(heads), self.k_heads), 1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = qk.split_with_sizes(heads, 1)
-            qk = torch.cat([norm(q, self.q_norm), norm(k, self.k_norm)], 1)
-        q, k = rope(qk, at).split_with_sizes(heads, 1)
-        keys, values = cache.update(k, v)
-        return attend(q, keys, values, at.seen, self.scale)
-
-
-# --- what the steps take for granted --------------------------------------------------------------------
-
-
-class Unfit(Exception):
-    """A model is not what the steps compute; says why."""
-
-
-@dataclass
-class Guards:
-    """What a plan read from the modules, to be seen again at every call; the checks run at C speed."""
-
-    spaces: list[dict[str, Any]] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    values: list[Any] = field(default_factory=list)
-    quantized: list[tuple[QuantizedTensor, Tensor]] = field(default_factory=list)
-    dense: list[tuple[Tensor, int]] = field(default_factory=list)
-    hooks: list[dict[int, Any]] = field(
-        default_factory=lambda: [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
-    )
-
-    def watch(self, space: dict[str, Any], name: str, value: Any) -> None:
-        """Expects a name to keep its value, or its absence (None)."""
-        self.spaces.append(space)
-        self.names.append(name)
-        self.values.append(value)
-
-    def child(self, parent: nn.Module, name: str, kind: str) -> nn.Module:
-        """A submodule, which must be of transformers' or torch's class of that name, unpatched."""
-        module = parent._modules.get(name)
-        if type(module).__name__ != kind or not type(module).__module__.startswith(
-            ("transformers.models.", "torch.nn.")
-        ):
-            raise Unfit(f"{name} is a {type(module).__name__}, not a {kind}")
-        assert module is not None
-        if "forward" in module.__dict__:
-            raise Unfit(f"{name}.forward is replaced")
-        self.watch(parent._modules, name, module)
-        self.watch(module.__dict__, "forward", None)
-        self.hooks += [module._forward_hooks, module._forward_pre_hooks]
-        return module
-
-    def parameters(self, module: nn.Module, merged: bool) -> None:
-        """Expects a module to keep its parameters; where biases were merged, their memory too."""
-        for name, parameter in module._parameters.items():
-            self.watch(module._parameters, name, parameter)
-            if isinstance(parameter, QuantizedTensor):
-                self.quantized.append((parameter, parameter.qdata))
-            elif parameter is not None and merged:
-                self.dense.append((parameter, parameter.data_ptr()))
-
-    def hold(self) -> bool:
-        """Whether everything is as it was."""
-        return (
-            all(map(is_, map(dict.get, self.spaces, self.names), self.values))
-            and all(weight.qdata is qdata for weight, qdata in self.quantized)
-            and all(tensor.data_ptr() == address for tensor, address in self.dense)
-        )
-
-    def watched(self) -> bool:
-        """Whether a hook wants to see what goes through a module. Those of transformers sleep until asked for."""
-        return any(self.hooks) and any(
-            getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
-            for hooks in self.hooks
-            for hook in hooks.values()
-        )
 
 
 @dataclass
@@ -203,6 +37,24 @@ class Plan:
     merged: list[tuple[str, ...]] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     final_norm: Norm | None = None
+    chained: dict[tuple[int, torch.dtype], ChainedStack | None] = field(default_factory=dict)
+
+    def run(self, x: Tensor, at: Place, caches: list[DynamicLayer]) -> Tensor:
+        """x [B, 1, hidden] -> the normed output; natively where that can be and no other thread is at it."""
+        assert self.final_norm is not None
+        key = (x.shape[0], x.dtype)
+        if key not in self.chained:
+            fits = can_chain(self.layers, self.final_norm, x.squeeze(1))
+            self.chained[key] = ChainedStack(self.layers, self.final_norm, *key) if fits else None
+        stack = self.chained[key]
+        if stack is not None and stack.lock.acquire(blocking=False):
+            try:
+                return stack(x, at, caches)
+            finally:
+                stack.lock.release()
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer(x, at, cache)
+        return norm(x, self.final_norm)
 
 
 # --- from modules to layers -----------------------------------------------------------------------------
@@ -362,10 +214,8 @@ def _decode(
     sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
     seen = None if mask is None or mask.all() else mask[:, None, None, :].bool()
     at = Place(cos.unsqueeze(1), sin.unsqueeze(1), seen)
-    for layer, slot in zip(plan.layers, cache.layers, strict=True):
-        x = layer(x, at, slot)  # type: ignore[arg-type]
-    assert plan.final_norm is not None
-    return BaseModelOutputWithPast(last_hidden_state=norm(x, plan.final_norm), past_key_values=cache)
+    out = plan.run(x, at, cache.layers)  # type: ignore[arg-type]
+    return BaseModelOutputWithPast(last_hidden_state=out, past_key_values=cache)
 
 
 def _plain_call(stack: Any, inputs: Tensor | None, embedded: bool, use_cache: bool | None, kwargs: Any) -> bool:

@@ -9,21 +9,25 @@ from torch import Tensor, nn
 
 from llmquant.errors import UnsupportedOpError
 from llmquant.kernels.packed import Packed
+from llmquant.primitives.dynamic import Activation
 from llmquant.tensor import QuantizedTensor
 from llmquant.tensor.slicing import join, take_slice
 
 
 class Product(NamedTuple):
-    """A linear map as a product needs it: weight [N, K], packed or dense, and bias [N]."""
+    """A linear map as a product needs it: weight [N, K], packed or dense, bias [N], and how its input is quantized."""
 
     weight: Packed | Tensor
     bias: Tensor | None
+    activation: Activation | None = None
 
 
 def product(linear: nn.Linear) -> Product:
     """One layer's own weight and bias."""
     weight = linear.weight
-    return Product(weight.packed() if isinstance(weight, QuantizedTensor) else weight, linear.bias)
+    if isinstance(weight, QuantizedTensor):
+        return Product(weight.packed(), linear.bias, weight.meta.activation)
+    return Product(weight, linear.bias)
 
 
 def merge(linears: list[nn.Linear]) -> Product:
@@ -48,7 +52,7 @@ def merge(linears: list[nn.Linear]) -> Product:
         if bias is not None:
             _replace(linear, "bias", bias[start:stop])
         start = stop
-    return Product(joined.packed(), bias)
+    return Product(joined.packed(), bias, joined.meta.activation)
 
 
 def separate(linear: nn.Linear) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from llmquant.integrations.lean import LeanForward, Unfit, make_plan
+from llmquant.integrations.guards import Unfit
+from llmquant.integrations.lean import LeanForward, make_plan
 from llmquant.integrations.merge import separate
 
 

@@ -1,9 +1,12 @@
 // The C interface: every name here has its signature in ../library.py.
+#include "chain.h"
 #include "kernels.h"
 
 #include <omp.h>
 
 #include <cstddef>
+
+void run_chain(const Step* steps, int64_t count, int64_t tokens, int32_t type);
 
 namespace {
 
@@ -28,6 +31,11 @@ const char* llmquant_kernels(int32_t i, int32_t* present) {
 void llmquant_linear(int32_t kernels, const Matrix* w, const void* x, int32_t type, int64_t count, const void* bias,
                      int32_t bias_type, int32_t activation, int64_t group, void* out) {
     ALL[kernels]->linear(*w, {x, bias, out, count, group, type, bias_type, activation});
+}
+
+// Operators one after the other on few tokens of a half type, where the set "avx512_vnni" can run.
+void llmquant_chain(const Step* steps, int64_t count, int64_t tokens, int32_t type) {
+    run_chain(steps, count, tokens, type);
 }
 
 // Rows as floats of `type`: all of them where `indices` is null. Returns the place of the first index that is out of

@@ -311,34 +311,53 @@ INLINE void for_rows(const Matrix& w, const Inputs& in, int R, int64_t most, con
     }
 }
 
-TARGET void integer_linear(const Matrix& w, const Inputs& in) {
-    const bool zeros = w.zero_point || w.midpoint != static_cast<int32_t>(w.midpoint), dense = is_dense(w);
-    const Cut cut = make_cut(w, 0);
+// What a product of integers needs beside the weight: how rows are cut, where the inputs' planes lie, which loops run.
+struct IntegerPlan {
+    bool zeros, dense;
+    Cut cut;
     Planes planes;
-    planes.count = plane_count(in);
-    planes.vector_bytes = 64 * ((cut.steps + 1) * planes.count + 1);
-    planes.token_bytes = planes.vector_bytes * cut.vectors;
-    planes.data = scratch<uint8_t>(1, in.count * planes.token_bytes);
-    const int most = planes.count == 3 ? 2 : MOST;
-    const int R = row_count(planes.count, in.count), bits = w.bits;
-    const Dot dots[] = {nullptr,
-                        R == 4 ? choose_dot<1, 4>(planes.count, bits, dense, zeros)
-                               : choose_dot<1, 2>(planes.count, bits, dense, zeros),
-                        R == 4 ? choose_dot<2, 4>(planes.count, bits, dense, zeros)
-                               : choose_dot<2, 2>(planes.count, bits, dense, zeros),
-                        choose_dot<3, 2>(planes.count, bits, dense, zeros),
-                        choose_dot<4, 2>(planes.count, bits, dense, zeros)};
-    const auto fill = cut.steps == 1 ? fill_token<1> : cut.steps == 2 ? fill_token<2> : cut.steps == 4 ? fill_token<4> : fill_token<8>;
+    int most, R;
+    Dot dots[MOST + 1];
+    bool (*fill)(const Matrix&, const Inputs&, const Cut&, const Planes&, int64_t, bool);
+};
+
+TARGET IntegerPlan make_plan(const Matrix& w, const Inputs& in) {
+    IntegerPlan plan;
+    plan.zeros = w.zero_point || w.midpoint != static_cast<int32_t>(w.midpoint);
+    plan.dense = is_dense(w);
+    plan.cut = make_cut(w, 0);
+    const int P = plan.planes.count = plane_count(in), steps = plan.cut.steps, bits = w.bits;
+    plan.planes.vector_bytes = 64 * ((steps + 1) * P + 1);
+    plan.planes.token_bytes = plan.planes.vector_bytes * plan.cut.vectors;
+    plan.planes.data = scratch<uint8_t>(1, in.count * plan.planes.token_bytes);
+    plan.most = P == 3 ? 2 : MOST;
+    plan.R = row_count(P, in.count);
+    const bool dense = plan.dense, zeros = plan.zeros;
+    plan.dots[1] = plan.R == 4 ? choose_dot<1, 4>(P, bits, dense, zeros) : choose_dot<1, 2>(P, bits, dense, zeros);
+    plan.dots[2] = plan.R == 4 ? choose_dot<2, 4>(P, bits, dense, zeros) : choose_dot<2, 2>(P, bits, dense, zeros);
+    plan.dots[3] = choose_dot<3, 2>(P, bits, dense, zeros);
+    plan.dots[4] = choose_dot<4, 2>(P, bits, dense, zeros);
+    plan.fill = steps == 1 ? fill_token<1> : steps == 2 ? fill_token<2> : steps == 4 ? fill_token<4> : fill_token<8>;
+    return plan;
+}
+
+// A thread's share of the rows, once the inputs are filled in.
+TARGET void run_plan(const Matrix& w, const Inputs& in, const IntegerPlan& plan) {
+    const Cutter cutter = make_cutter(w.bits);
+    for_rows(w, in, plan.R, plan.most, [&](const Rows& rows, int64_t i, int64_t count, float found[MOST_ROWS][MOST]) {
+        plan.dots[count](rows, w.row_bytes, plan.cut, cutter, plan.planes, i, found);
+    });
+}
+
+TARGET void integer_linear(const Matrix& w, const Inputs& in) {
+    const IntegerPlan plan = make_plan(w, in);
     bool finite = true;
 #pragma omp parallel reduction(&& : finite)
     {
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < in.count; ++token)
-            finite = fill(w, in, cut, planes, token, !zeros) && finite;
-        const Cutter cutter = make_cutter(w.bits);
-        for_rows(w, in, R, most, [&](const Rows& rows, int64_t i, int64_t count, float found[MOST_ROWS][MOST]) {
-            dots[count](rows, w.row_bytes, cut, cutter, planes, i, found);
-        });
+            finite = plan.fill(w, in, plan.cut, plan.planes, token, !plan.zeros) && finite;
+        run_plan(w, in, plan);
     }
     // Infinities and NaN have no fixed point: the plain kernel takes such inputs, at its own pace.
     if (!finite) AVX512.linear(w, in);
@@ -445,6 +464,21 @@ bool present() {
 }
 
 }  // namespace
+
+// Inside a parallel region: every thread prepares the inputs for itself, which for few of them is cheaper than waiting.
+// An output that meets an infinity or NaN is NaN.
+TARGET void linear_in_region(const Matrix& w, const Inputs& in) {
+    const IntegerPlan plan = make_plan(w, in);
+    bool finite = true;
+    for (int64_t token = 0; token < in.count; ++token)
+        finite = plan.fill(w, in, plan.cut, plan.planes, token, !plan.zeros) && finite;
+    run_plan(w, in, plan);
+    if (finite) return;
+    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+    for (int64_t i = 0; i < in.count; ++i)
+        for (int64_t row = w.rows * me / threads; row < w.rows * (me + 1) / threads; ++row)
+            store_float(in.out, i * w.rows + row, in.type, std::numeric_limits<float>::quiet_NaN());
+}
 
 const Kernels VNNI = {"avx512_vnni", present, linear, rows};
 #endif
