@@ -45,7 +45,8 @@ class Plan:
         key = (x.shape[0], x.dtype)
         if key not in self.chained:
             fits = can_chain(self.layers, self.final_norm, x.squeeze(1))
-            self.chained[key] = ChainedStack(self.layers, self.final_norm, *key) if fits else None
+            with torch.inference_mode(False), torch.no_grad():  # its buffers outlive this call
+                self.chained[key] = ChainedStack(self.layers, self.final_norm, *key) if fits else None
         stack = self.chained[key]
         if stack is not None and stack.lock.acquire(blocking=False):
             try:

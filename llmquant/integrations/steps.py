@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from llmquant.integrations.growing import append
 from llmquant.integrations.merge import Product
 from llmquant.kernels import ops
 from llmquant.kernels.cpu import chain
@@ -110,7 +111,7 @@ class Layer:
             q, k = qk.split_with_sizes(heads, 1)
             qk = torch.cat([norm(q, self.q_norm), norm(k, self.k_norm)], 1)
         q, k = rope(qk, at).split_with_sizes(heads, 1)
-        keys, values = cache.update(k, v)
+        keys, values = append(cache, k, v)
         return attend(q, keys, values, at.seen, self.scale)
 
 
@@ -173,7 +174,7 @@ class ChainedStack:
         self.chains[0].run()
         last = len(self.layers) - 1
         for i, (layer, (q, k, v), cache) in enumerate(zip(self.layers, self.heads, caches, strict=True)):
-            keys, values = cache.update(k, v)
+            keys, values = append(cache, k, v)
             seen = attend(q, keys, values, at.seen, layer.scale)
             self.chains[i + 1].run(seen, out if i == last else None)
         return out

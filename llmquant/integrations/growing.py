@@ -1,0 +1,51 @@
+"""A key-value cache that grows in place: torch.cat would copy all that was seen for every token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 256
+"""Tokens for which there is room after the cache was copied."""
+
+
+class _Room(NamedTuple):
+    """The tensors that a cache layer holds, as views of larger ones with room behind them."""
+
+    keys: Tensor
+    values: Tensor
+    all_keys: Tensor
+    all_values: Tensor
+
+
+def append(cache: DynamicLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """What `cache.update(k, v)` does for one token: k, v [B, H, 1, D] -> keys, values [B, H, T + 1, D].
+
+    The room is used only while the cache holds the very tensors that were put there last, so nothing that anybody can
+    see is ever overwritten; cropped, reordered or shared tensors are copied first.
+    """
+    if type(cache) is not DynamicLayer or not cache.is_initialized or cache.keys.dim() != 4:
+        return cache.update(k, v)
+    room: _Room | None = cache.__dict__.get("_llmquant_room")
+    length = cache.keys.shape[-2]
+    ours = room is not None and room.keys is cache.keys and room.values is cache.values
+    if not ours or room is None or length == room.all_keys.shape[-2]:
+        room = _Room(cache.keys, cache.values, _larger(cache.keys), _larger(cache.values))
+    room.all_keys.narrow(-2, length, 1).copy_(k)
+    room.all_values.narrow(-2, length, 1).copy_(v)
+    keys, values = room.all_keys.narrow(-2, 0, length + 1), room.all_values.narrow(-2, 0, length + 1)
+    cache.keys, cache.values = keys, values
+    cache.__dict__["_llmquant_room"] = room._replace(keys=keys, values=values)
+    return keys, values
+
+
+def _larger(seen: Tensor) -> Tensor:
+    """A copy with room for `ROOM` tokens more."""
+    *leading, length, width = seen.shape
+    with torch.inference_mode(False):  # it outlives this call, and inference tensors cannot be written outside
+        larger = torch.empty(*leading, length + ROOM, width, dtype=seen.dtype, device=seen.device)
+    larger.narrow(-2, 0, length).copy_(seen)
+    return larger
