@@ -27,7 +27,7 @@ def append(cache: DynamicLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     The room is used only while the cache holds the very tensors that were put there last, so nothing that anybody can
     see is ever overwritten; cropped, reordered or shared tensors are copied first.
     """
-    if type(cache) is not DynamicLayer or not cache.is_initialized or cache.keys.dim() != 4:
+    if type(cache) is not DynamicLayer or cache.keys is None or cache.values is None or cache.keys.dim() != 4:
         return cache.update(k, v)
     room: _Room | None = cache.__dict__.get("_llmquant_room")
     length = cache.keys.shape[-2]

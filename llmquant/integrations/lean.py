@@ -1,8 +1,8 @@
-"""One token through a Llama-like stack in few torch calls, bit for bit what transformers' modules compute.
+"""Tokens through a Llama-like stack in few torch calls, bit for bit what transformers' modules compute.
 
 Decoding a small model costs more in Python than in arithmetic. Where a call is the plain case (one token for each
-sequence, an ordinary cache, nobody watching) `LeanForward` runs a short list of steps; all else goes to the model's
-own `forward`. The steps are in `steps.py`, what they take for granted in `guards.py`.
+sequence or a whole prompt, an ordinary cache, nobody watching) `LeanForward` runs a short list of steps; all else goes
+to the model's own `forward`. The steps are in `steps.py`, what they take for granted in `guards.py`.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Plan:
     chained: dict[tuple[int, torch.dtype], ChainedStack | None] = field(default_factory=dict)
 
     def run(self, x: Tensor, at: Place, caches: list[DynamicLayer]) -> Tensor:
-        """x [B, 1, hidden] -> the normed output; natively where that can be and no other thread is at it."""
+        """x [B, L, hidden] -> the normed output; natively where that can be and no other thread is at it."""
         assert self.final_norm is not None
         key = (x.shape[0], x.dtype)
-        if key not in self.chained:
+        if x.shape[1] == 1 and key not in self.chained:
             fits = can_chain(self.layers, self.final_norm, x.squeeze(1))
             with torch.inference_mode(False), torch.no_grad():  # its buffers outlive this call
                 self.chained[key] = ChainedStack(self.layers, self.final_norm, *key) if fits else None
-        stack = self.chained[key]
+        stack = self.chained[key] if x.shape[1] == 1 else None
         if stack is not None and stack.lock.acquire(blocking=False):
             try:
                 return stack(x, at, caches)
@@ -166,8 +166,9 @@ class LeanForward:
         if (
             not torch.compiler.is_compiling()
             and _plain_call(stack, inputs, input_ids is None, use_cache, kwargs)
-            and _plain_cache(past_key_values, len(stack.layers))
-            and _plain_mask(attention_mask, past_key_values.get_seq_length() + 1)
+            and _plain_cache(past_key_values, len(stack.layers), inputs.shape[1])  # type: ignore[union-attr]
+            and _plain_mask(attention_mask, past_key_values.get_seq_length() + inputs.shape[1])  # type: ignore[union-attr]
+            and _plain_prompt(attention_mask, position_ids, past_key_values, inputs.shape[1])  # type: ignore[union-attr]
             and (plan := self._current(stack)) is not None
         ):
             x = stack.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -207,9 +208,9 @@ class LeanForward:
 def _decode(
     plan: Plan, stack: Any, x: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: DynamicCache
 ) -> Any:
-    """x [B, 1, hidden] -> the model's output, with the cache one longer."""
+    """x [B, L, hidden] -> the model's output, with the cache L longer."""
     if position_ids is None:
-        position_ids = torch.full((1, 1), cache.get_seq_length(), device=x.device)
+        position_ids = cache.get_seq_length() + torch.arange(x.shape[1], device=x.device).unsqueeze(0)
     cos, sin = stack.rotary_emb(x, position_ids=position_ids)
     half = sin.shape[-1] // 2
     sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
@@ -220,12 +221,12 @@ def _decode(
 
 
 def _plain_call(stack: Any, inputs: Tensor | None, embedded: bool, use_cache: bool | None, kwargs: Any) -> bool:
-    """Whether one token for each sequence is asked for, and nothing but the last hidden state and the cache."""
+    """Whether nothing but the last hidden state and the cache is asked for."""
     config = stack.config
     return (
         inputs is not None
         and inputs.dim() == 2 + embedded
-        and inputs.shape[1] == 1
+        and inputs.shape[1] > 0
         and not torch.is_grad_enabled()
         and not stack.training
         and bool(config.use_cache if use_cache is None else use_cache)
@@ -238,15 +239,15 @@ def _plain_call(stack: Any, inputs: Tensor | None, embedded: bool, use_cache: bo
     )
 
 
-def _plain_cache(cache: Any, count: int) -> bool:
-    """Whether a cache keeps everything it has seen, in memory and unquantized."""
+def _plain_cache(cache: Any, count: int, tokens: int) -> bool:
+    """Whether a cache keeps everything it has seen, in memory and unquantized, and so many tokens more."""
     return (
         type(cache) is DynamicCache
         and not cache.offloading
         and len(cache.layers) == count
         and all(
             type(layer) is DynamicLayer
-            or (type(layer) is DynamicSlidingWindowLayer and layer.cumulative_length + 1 < layer.sliding_window)
+            or (type(layer) is DynamicSlidingWindowLayer and layer.cumulative_length + tokens < layer.sliding_window)
             for layer in cache.layers
         )
     )
@@ -255,3 +256,14 @@ def _plain_cache(cache: Any, count: int) -> bool:
 def _plain_mask(mask: Tensor | None, length: int) -> bool:
     """Whether a mask says for each of `length` positions whether it is padding."""
     return mask is None or (mask.dim() == 2 and mask.shape[1] == length)
+
+
+def _plain_prompt(mask: Tensor | None, position_ids: Tensor | None, cache: DynamicCache, tokens: int) -> bool:
+    """Whether several tokens are a whole prompt: nothing before them, no padding, positions from 0 on."""
+    if tokens == 1:
+        return True
+    return (
+        cache.get_seq_length() == 0
+        and (mask is None or bool(mask.all()))
+        and (position_ids is None or bool((position_ids == torch.arange(tokens, device=position_ids.device)).all()))
+    )

@@ -1,4 +1,4 @@
-"""The steps of a Llama-like decoder layer for one token a sequence, bit for bit what transformers' modules compute.
+"""The steps of a Llama-like decoder layer, bit for bit what transformers' modules compute.
 
 `Layer` is a short list of them. `ChainedStack` runs those between two attentions natively, where that can be.
 """
@@ -24,7 +24,7 @@ from llmquant.kernels.packed import Packed
 class Place(NamedTuple):
     """Where the new tokens stand, the same in all layers.
 
-    cos, sin: [1 or B, 1, 1, D], the first half of the sines negated.
+    cos, sin: [1 or B, 1, L, D], the first half of the sines negated.
     seen: bool [B, 1, 1, T], the positions that may be looked at; None for all.
     """
 
@@ -59,19 +59,21 @@ def project(x: Tensor, by: tuple[Product, ...]) -> Tensor:
 
 
 def rope(x: Tensor, at: Place) -> Tensor:
-    """x [B, H, 1, D] turned by its position."""
+    """x [B, H, L, D] turned by its position."""
     return (x * at.cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(at.sin))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> Tensor:
-    """q [B, H, 1, D], k and v [B, H / groups, T, D] -> [B, 1, H * D]."""
-    batch, heads = q.shape[0], k.shape[1]
+    """q [B, H, L, D], k and v [B, H / groups, T, D] -> [B, L, H * D]; tokens of a prompt see no later one."""
+    batch, heads, tokens = q.shape[0], k.shape[1], q.shape[2]
     if seen is None:
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != heads)
+        grouped = q.shape[1] != heads
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=tokens > 1, enable_gqa=grouped)
+        out = out.transpose(1, 2)
     else:  # the queries of a group as rows, as transformers lays them out
         rows = q.reshape(batch, heads, -1, q.shape[-1])
         out = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale)
-    return out.reshape(batch, 1, -1)
+    return out.reshape(batch, tokens, -1)
 
 
 def gate(x: Tensor) -> Tensor:
@@ -98,20 +100,20 @@ class Layer:
     scale: float
 
     def __call__(self, x: Tensor, at: Place, cache: DynamicLayer) -> Tensor:
-        """x [B, 1, hidden] -> the same; appends to the cache."""
+        """x [B, L, hidden] -> the same; appends to the cache."""
         x = x + linear(self.attention(norm(x, self.input_norm), at, cache), self.out)
         return x + linear(gate(project(norm(x, self.post_norm), self.gate_up)), self.down)
 
     def attention(self, x: Tensor, at: Place, cache: DynamicLayer) -> Tensor:
-        """x [B, 1, hidden] -> the heads' outputs, [B, 1, H * D]."""
+        """x [B, L, hidden] -> the heads' outputs, [B, L, H * D]."""
         heads = (self.q_heads, self.k_heads)
-        qkv = project(x, self.qkv).view(x.shape[0], -1, 1, self.head_dim)
+        qkv = project(x, self.qkv).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         qk, v = qkv.split_with_sizes((sum(heads), self.k_heads), 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split_with_sizes(heads, 1)
             qk = torch.cat([norm(q, self.q_norm), norm(k, self.k_norm)], 1)
         q, k = rope(qk, at).split_with_sizes(heads, 1)
-        keys, values = append(cache, k, v)
+        keys, values = append(cache, k, v) if x.shape[1] == 1 else cache.update(k, v)
         return attend(q, keys, values, at.seen, self.scale)
 
 

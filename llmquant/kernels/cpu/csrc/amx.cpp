@@ -156,9 +156,14 @@ struct Panel {
             each_row(first, last, at, out, [&](int64_t row, uint8_t* to) TILES { by_float(row, at, to); });
     }
 
-    // A row's scale where it was left out.
-    TILES float row_scale(int64_t row) const {
-        return one_scale && how != OTHER ? load_float(w.scale, row / w.shared, w.scale_type) : 1.f;
+    // The scales of 16 rows where they were left out.
+    TILES __m512 row_scales(int64_t row) const {
+        if (!one_scale || how == OTHER) return _mm512_set1_ps(1.f);
+        if (w.shared == 1) return load_floats(w.scale, row, w.scale_type, first_lanes(w.rows - row));
+        alignas(64) float scales[TILE];
+        for (int64_t i = 0; i < TILE; ++i)
+            scales[i] = load_float(w.scale, (row + i < w.rows ? row + i : w.rows - 1) / w.shared, w.scale_type);
+        return _mm512_load_ps(scales);
     }
 
    private:
@@ -313,9 +318,7 @@ TARGET void finish_tile(const Panel& panel, const Inputs& in, const float* sums,
     __m512i v[TILE];
     for (int i = 0; i < TILE; ++i) v[i] = _mm512_load_si512(sums + 16 * i);
     transpose(v);
-    alignas(64) float scales[TILE];
-    for (int i = 0; i < TILE; ++i) scales[i] = panel.row_scale(row + i < w.rows ? row + i : w.rows - 1);
-    const __m512 scale = _mm512_load_ps(scales);
+    const __m512 scale = panel.row_scales(row);
     const __m512 bias = in.bias ? load_floats(in.bias, row, in.bias_type, first_lanes(w.rows - row)) : _mm512_setzero_ps();
     for (int i = 0; i < TILE; ++i) out[i] = _mm512_fmadd_ps(_mm512_castsi512_ps(v[i]), scale, bias);
 }
