@@ -2,7 +2,7 @@
 //
 // A tile of the weights is 16 rows x 32 columns, a tile of the inputs 32 columns x 16 tokens in pairs, as `tdpbf16ps`
 // wants them; two by two of each make four tiles of sums, [16 rows, 16 tokens] in float32. A thread takes a panel of
-// rows, decodes `DEPTH` columns of it (they then lie in its second-level cache, and so do the panel's sums) and runs
+// rows, decodes about `DEPTH` columns of it (they then lie in its second-level cache, and so do the panel's sums) and runs
 // all tokens over them. Int8 activations become the bfloat16 nearest to code x scale.
 #include "kernels.h"
 
@@ -342,12 +342,15 @@ TILES void tile_linear(const Matrix& w, const Inputs& in, int64_t threads) {
     const int64_t chunks = (w.columns + WIDTH - 1) / WIDTH, tokens = (in.count + TILE - 1) / TILE;
     const int64_t share = (w.rows + threads - 1) / threads, panels = (share + PANEL - 1) / PANEL;  // a thread
     const int64_t panel = (share + 2 * TILE * panels - 1) / (2 * TILE * panels) * (2 * TILE);
+    // Pieces of about DEPTH columns, all of one length but the last.
+    const int64_t pieces = (w.columns + DEPTH / 2) / DEPTH > 1 ? (w.columns + DEPTH / 2) / DEPTH : 1;
+    const int64_t depth = (w.columns + CHUNK * pieces - 1) / (CHUNK * pieces) * CHUNK;
     uint8_t* packed = scratch<uint8_t>(0, tokens * chunks * TILE_BYTES);
     static const TileConfig config;
 #pragma omp parallel num_threads(threads)
     {
         const Panel weights(w);
-        uint8_t* decoded = scratch<uint8_t>(1, panel * DEPTH * 2);
+        uint8_t* decoded = scratch<uint8_t>(1, panel * depth * 2);
         float* sums = scratch<float>(2, panel * tokens * TILE);
         _tile_loadconfig(&config);
 #pragma omp for schedule(static)
@@ -355,8 +358,8 @@ TILES void tile_linear(const Matrix& w, const Inputs& in, int64_t threads) {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < w.rows; row += panel) {
             const int64_t last = row + panel < w.rows ? row + panel : w.rows, tiles = (last - row + TILE - 1) / TILE;
-            for (int64_t k = 0; k < w.columns; k += DEPTH) {
-                const int64_t stop = k + DEPTH < w.columns ? k + DEPTH : w.columns, deep = (stop - k + WIDTH - 1) / WIDTH;
+            for (int64_t k = 0; k < w.columns; k += depth) {
+                const int64_t stop = k + depth < w.columns ? k + depth : w.columns, deep = (stop - k + WIDTH - 1) / WIDTH;
                 weights.decode(row, last, k, stop, decoded);
                 for (int64_t t = 0; t < tokens; t += 2) {
                     const uint8_t* b = packed + (t * chunks + k / WIDTH) * TILE_BYTES;
