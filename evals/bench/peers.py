@@ -106,8 +106,12 @@ def compare(
             except Failed as reason:
                 failed[name] = str(reason).splitlines()[0]
         for _ in range(rounds + 1):
-            for name, peer in peers.items():
-                seconds.setdefault(name, []).append(peer.turn()["seconds"])
+            for name, peer in list(peers.items()):
+                try:
+                    seconds.setdefault(name, []).append(peer.turn()["seconds"])
+                except Failed as reason:  # a crash of one is a result, not the end of all
+                    failed[name] = str(reason).splitlines()[0]
+                    peers.pop(name).close()
     finally:
         for peer in peers.values():
             peer.close()
