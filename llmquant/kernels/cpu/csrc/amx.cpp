@@ -12,49 +12,18 @@
 #include <unistd.h>
 
 #include "decode.h"
+#include "tiles.h"
 
-#define TILES                                                                                             \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx512bf16,f16c,fma," \
-                          "amx-tile,amx-bf16")))
+bool fits_int8_tiles(const Matrix& w, const Inputs& in);
+void int8_tile_linear(const Matrix& w, const Inputs& in);
 
 namespace {
 
-constexpr int64_t TILE = 16, WIDTH = 32;                 // rows (or tokens) and columns of a tile
+constexpr int64_t WIDTH = 32;                            // columns of a tile
 constexpr int64_t PANEL = 256, DEPTH = 512;              // rows and columns that are decoded at a time
 constexpr int64_t MOST_PACKED = 16 << 20;                // bytes of inputs that are packed at a time
-constexpr int64_t TILE_BYTES = 1024;
-constexpr int64_t FEWEST_PLAIN = 7, FEWEST_CODES = 10;  // inputs from which tiles are faster than vectors
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// A 16 x 16 matrix of 32-bit values, turned over.
-INLINE void transpose(__m512i v[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; ++j) {
-            v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
-            v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
-        }
-    // Quarter q of v[4 i + j] now holds column 4 q + j of rows 4 i .. 4 i + 3.
-    for (int j = 0; j < 4; ++j) {
-        const __m512i a = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x88), b = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xdd);
-        const __m512i c = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x88);
-        const __m512i d = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xdd);
-        t[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-        t[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
-        t[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
-        t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
-    }
-    for (int i = 0; i < 16; ++i) v[i] = t[i];
-}
+// Inputs from which tiles are faster than vectors: floats; int8 codes; int8 codes that become bfloat16.
+constexpr int64_t FEWEST_PLAIN = 7, FEWEST_CODES = 6, FEWEST_MIXED = 10;
 
 // 32 inputs of a token as bfloat16, zero behind its end.
 INLINE __m512i load_bfloats(const uint16_t* x, int64_t left) {
@@ -338,7 +307,8 @@ TILES void store_tiles(const Panel& panel, const Inputs& in, const float* sums, 
     }
 }
 
-TILES void tile_linear(const Matrix& w, const Inputs& in, int64_t threads) {
+TILES void tile_linear(const Matrix& w, const Inputs& in) {
+    const int64_t threads = omp_get_max_threads();
     const int64_t chunks = (w.columns + WIDTH - 1) / WIDTH, tokens = (in.count + TILE - 1) / TILE;
     const int64_t share = (w.rows + threads - 1) / threads, panels = (share + PANEL - 1) / PANEL;  // a thread
     const int64_t panel = (share + 2 * TILE * panels - 1) / (2 * TILE * panels) * (2 * TILE);
@@ -387,20 +357,27 @@ TILES void tile_linear(const Matrix& w, const Inputs& in, int64_t threads) {
 }
 
 // As many tokens at a time as keep the packed inputs small.
-void linear(const Matrix& w, const Inputs& in) {
-    if (in.type != FLOAT_BF16 || in.count < (in.activation == PLAIN ? FEWEST_PLAIN : FEWEST_CODES)) return VNNI.linear(w, in);
-    const int64_t step = MOST_PACKED / (w.columns * 2) / (2 * TILE) * (2 * TILE), size = 2;
+template <typename Run>
+void in_parts(const Matrix& w, const Inputs& in, const Run& run) {
+    const int64_t step = MOST_PACKED / (w.columns * 2) / (2 * TILE) * (2 * TILE), size = in.type == FLOAT_F32 ? 4 : 2;
     for (int64_t i = 0, count = step > 2 * TILE ? step : 2 * TILE; i < in.count; i += count) {
         Inputs part = in;
         part.x = static_cast<const uint8_t*>(in.x) + i * w.columns * size;
         part.out = static_cast<uint8_t*>(in.out) + i * w.rows * size;
         part.count = in.count - i < count ? in.count - i : count;
-        tile_linear(w, part, omp_get_max_threads());
+        run(w, part);
     }
 }
 
+void linear(const Matrix& w, const Inputs& in) {
+    if (in.count >= FEWEST_CODES && fits_int8_tiles(w, in)) return in_parts(w, in, int8_tile_linear);
+    const bool many = in.count >= (in.activation == PLAIN ? FEWEST_PLAIN : FEWEST_MIXED);
+    if (in.type != FLOAT_BF16 || !many) return VNNI.linear(w, in);
+    in_parts(w, in, tile_linear);
+}
+
 bool has_amx() {
-    if (!VNNI.present() || !__builtin_cpu_supports("amx-bf16")) return false;
+    if (!VNNI.present() || !__builtin_cpu_supports("amx-bf16") || !__builtin_cpu_supports("amx-int8")) return false;
     constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // the kernel grants the use of tiles a process
     return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }
