@@ -122,7 +122,7 @@ bool run_case(const std::vector<std::string>& names, const std::vector<int32_t>&
     w.zero_point = zeros ? points.data : nullptr;
     w.table = table ? reinterpret_cast<const float*>(values.data) : nullptr;
 
-    const int64_t count = pick(0, big ? 70 : 12), group = pick(0, 1) ? 32 : pick(1, w.columns);
+    const int64_t count = pick(0, big ? 70 : 12), groups_of[] = {32, 128, w.columns, pick(1, w.columns)}, group = groups_of[pick(0, 3)];
     const int32_t type = static_cast<int32_t>(pick(0, 2)), activation = table ? 0 : static_cast<int32_t>(pick(0, 2));
     const int32_t bias_type = static_cast<int32_t>(pick(0, 2));
     const bool biased = pick(0, 1);
