@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,8 +12,12 @@ ROOM = 256
 """Tokens for which there is room after the cache was copied."""
 
 
-class _Room(NamedTuple):
-    """The tensors that a cache layer holds, as views of larger ones with room behind them."""
+@dataclass(slots=True)
+class _Room:
+    """The tensors that a cache layer holds, as views of larger ones with room behind them.
+
+    It changes in place: of two shallow copies of a layer, only the one that grows first keeps the room.
+    """
 
     keys: Tensor
     values: Tensor
@@ -37,8 +41,8 @@ def append(cache: DynamicLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     room.all_keys.narrow(-2, length, 1).copy_(k)
     room.all_values.narrow(-2, length, 1).copy_(v)
     keys, values = room.all_keys.narrow(-2, 0, length + 1), room.all_values.narrow(-2, 0, length + 1)
-    cache.keys, cache.values = keys, values
-    cache.__dict__["_llmquant_room"] = room._replace(keys=keys, values=values)
+    cache.keys, cache.values = room.keys, room.values = keys, values
+    cache.__dict__["_llmquant_room"] = room
     return keys, values
 
 

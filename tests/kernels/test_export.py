@@ -1,0 +1,80 @@
+"""Exported and compiled models: every product is one operator, and the numbers stay."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from cases import Case
+from torch import Tensor, nn
+
+OPERATORS = {
+    "int4-g32": torch.ops.llmquant.linear.default,
+    "int3-g16-asym": torch.ops.llmquant.linear.default,
+    "float8-row": torch.ops.llmquant.linear.default,
+    "a8-int4-g32": torch.ops.llmquant.linear_int8.default,
+    "a8-token-asym-int8-g32-asym": torch.ops.llmquant.linear_int8.default,
+}
+every_scheme = pytest.mark.parametrize("scheme", OPERATORS)
+CODECS = (torch.ops.llmquant.linear.default, torch.ops.llmquant.linear_int8.default)
+ROWS = torch.export.Dim("rows", min=1, max=64)
+
+
+def module(scheme: str, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Two quantized layers, one with a bias, around one that stays as it was."""
+    made = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 32, bias=False))
+    for i in (0, 4):
+        made[i].weight = nn.Parameter(Case(scheme).quantize(made[i].weight.detach()), requires_grad=False)
+    return made.to(dtype).eval()
+
+
+@torch.no_grad()
+def export(model: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
+    return torch.export.export(model, (x,), dynamic_shapes=({0: ROWS},))
+
+
+def products(graph: torch.fx.Graph) -> Counter:
+    """How often each operator of this library, or a dense product, is called."""
+    called = Counter(node.target for node in graph.nodes if node.op == "call_function")
+    return Counter({op: n for op, n in called.items() if op in CODECS or any(s in str(op) for s in ("linear", "mm"))})
+
+
+@every_scheme
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_an_exported_program_calls_one_operator_for_each_product(scheme: str, dtype: torch.dtype) -> None:
+    model, x = module(scheme, dtype), torch.randn(5, 64).to(dtype)
+    program = export(model, x)
+    assert products(program.graph) == {OPERATORS[scheme]: 2, torch.ops.aten.linear.default: 1}
+    for rows in (5, 1, 17):
+        x = torch.randn(rows, 64).to(dtype)
+        assert torch.equal(program.module()(x), model(x))
+    lowered = program.run_decompositions()
+    assert products(lowered.graph)[OPERATORS[scheme]] == 2
+    assert not any("Quantized" in str(value) for value in (lowered.graph, *lowered.state_dict))
+
+
+@every_scheme
+@torch.no_grad()
+def test_a_compiled_model_calls_the_same_operators(scheme: str) -> None:
+    model, x = module(scheme), torch.randn(5, 64)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (5, 2, 17):
+        x = torch.randn(rows, 64)
+        assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["int4-g32", "a8-int4-g32"])
+@torch.no_grad()
+def test_a_package_compiled_ahead_of_time_gives_the_same(scheme: str, tmp_path: Path) -> None:
+    """AOTInductor: no Python between the operators."""
+    model, x = module(scheme), torch.randn(5, 64)
+    path = torch._inductor.aoti_compile_and_package(export(model, x), package_path=str(tmp_path / "model.pt2"))
+    loaded = torch._inductor.aoti_load_package(path)
+    for rows in (5, 1, 17):
+        x = torch.randn(rows, 64)
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-6)
