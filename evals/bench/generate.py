@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 from worker import SETTLE, Failed, Worker
 
-import llmquant  # noqa: F401  (teaches transformers to load quantized folders)
+import llmquant
 
 SCRIPT = Path(__file__).with_name("llama_worker.py")
 Turn = Callable[[], tuple[float, float]]

@@ -1,4 +1,4 @@
-"""The steps of a Llama-like decoder layer, bit for bit what transformers' modules compute.
+"""The steps of a Llama-like decoder layer: what transformers' modules compute, bit for bit in 16-bit types.
 
 `Layer` is a short list of them. `ChainedStack` runs those between two attentions natively, where that can be.
 """

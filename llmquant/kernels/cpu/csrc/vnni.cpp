@@ -466,18 +466,17 @@ bool present() {
 }  // namespace
 
 // Inside a parallel region: every thread prepares the inputs for itself, which for few of them is cheaper than waiting.
-// An output that meets an infinity or NaN is NaN.
+// The outputs of a token that has an infinity or NaN are NaN.
 TARGET void linear_in_region(const Matrix& w, const Inputs& in) {
     const IntegerPlan plan = make_plan(w, in);
-    bool finite = true;
-    for (int64_t token = 0; token < in.count; ++token)
-        finite = plan.fill(w, in, plan.cut, plan.planes, token, !plan.zeros) && finite;
-    run_plan(w, in, plan);
-    if (finite) return;
     const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
-    for (int64_t i = 0; i < in.count; ++i)
-        for (int64_t row = w.rows * me / threads; row < w.rows * (me + 1) / threads; ++row)
-            store_float(in.out, i * w.rows + row, in.type, std::numeric_limits<float>::quiet_NaN());
+    bool* finite = scratch<bool>(7, in.count);
+    for (int64_t token = 0; token < in.count; ++token)
+        finite[token] = plan.fill(w, in, plan.cut, plan.planes, token, !plan.zeros);
+    run_plan(w, in, plan);
+    for (int64_t token = 0; token < in.count; ++token)
+        for (int64_t row = w.rows * me / threads; !finite[token] && row < w.rows * (me + 1) / threads; ++row)
+            store_float(in.out, token * w.rows + row, in.type, std::numeric_limits<float>::quiet_NaN());
 }
 
 const Kernels VNNI = {"avx512_vnni", present, linear, rows};
