@@ -1,4 +1,4 @@
-"""Tokens through a Llama-like stack in few torch calls: what transformers' modules compute, bit for bit in 16-bit types.
+"""Tokens through a Llama-like stack in few torch calls: what transformers computes, bit for bit in 16-bit types.
 
 Decoding a small model costs more in Python than in arithmetic. Where a call is the plain case (one token for each
 sequence or a whole prompt, an ordinary cache, nobody watching) `LeanForward` runs a short list of steps; all else goes
