@@ -25,24 +25,22 @@ class Traits(NamedTuple):
 
     needs: the processor's features, in words.
     step: groups of columns must be a multiple of it (None: any group will do).
-    tables: whether float8 codes are fast.
     most_inputs: beyond so many inputs of a weight-only product, by dtype, rows are decoded in panels and torch's own
         product runs on them; absent: never.
     """
 
     needs: str
     step: int | None
-    tables: bool
     most_inputs: dict[torch.dtype, int]
 
 
 _FEW = {torch.float32: 8, torch.float16: 8, torch.bfloat16: 8}
 TRAITS: dict[str, Traits] = {
-    "amx": Traits("AMX (bfloat16 tiles)", 4, True, {torch.float32: 8, torch.float16: 8}),
-    "avx512_vnni": Traits("AVX-512 with VNNI and VBMI", 4, True, _FEW),
-    "avx512": Traits("AVX-512 F, BW, VL and DQ", None, False, _FEW),
-    "avx2": Traits("AVX2 and FMA", None, False, _FEW),
-    "portable": Traits("any processor", None, False, _FEW),
+    "amx": Traits("AMX (bfloat16 tiles)", 4, {torch.float32: 8, torch.float16: 8}),
+    "avx512_vnni": Traits("AVX-512 with VNNI and VBMI", 4, _FEW),
+    "avx512": Traits("AVX-512 F, BW, VL and DQ", None, _FEW),
+    "avx2": Traits("AVX2 and FMA", None, _FEW),
+    "portable": Traits("any processor", None, _FEW),
 }
 
 
