@@ -183,9 +183,8 @@ def read_method() -> tuple[str, Callable[[Tensor], object]]:
 
     The native read fetches ahead, as the kernels do; without it a sum by torch, which may fall short of the limit.
     """
-    native = getattr(cpu, "read_bytes", None)
-    if native is not None and cpu.missing() is None:
-        return "prefetching read", native
+    if cpu.missing() is None:
+        return "prefetching read", cpu.read_bytes
     return "torch sum", lambda data: data.view(torch.int64).sum()
 
 
