@@ -1,0 +1,341 @@
+// Integer products of few inputs, for AVX-512 with VBMI and VNNI, on the neutral layout.
+//
+// A strip is 16 rows, one a 32-bit lane of a vector. Rows are read 64 bytes at a time (or as the bytes of 64 codes) and
+// turned over, 16 x 16 lanes: then a vector holds the same few columns of all 16 rows. Widths that divide 32 stay packed
+// (`lane` = 32 / bits columns): step j shifts and masks byte-wise, which leaves four codes a lane; other widths were cut to
+// bytes before (`lane` = 4, one step). `vpdpbusd` then adds four products a lane, of 16 rows with four inputs that a
+// broadcast brings. So a sum's lanes are rows: scaling takes one instruction for 16 of them, and nothing is added across.
+//
+// The inputs are integers too, written in P planes of 8 signed bits: x = scale * (p0 + 256 p1 + 65536 p2).
+//   int8 activations are one plane (symmetric) or two (asymmetric: code - zero point has nine bits), exactly;
+//   float16 and bfloat16 are two planes, float32 three, under a power of two for each piece: 15 and 23 bits below the
+//   largest of it. The difference to float32 products is below the rounding of the result.
+// A piece is up to 32 columns that share their scales; its integer sums are exact. So one kernel serves weight-only and
+// dynamic activations. Rows are independent of each other, and so are inputs: any number of threads, and any company of
+// other inputs, gives the same result.
+#include "strips.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <omp.h>
+
+#include "tiles.h"
+
+namespace {
+
+constexpr int QUADS = 8, PIECE = 4 * QUADS;       // fours of columns, and columns, of a piece
+constexpr int STRIP = 16, STRIPS = 2;             // rows of a strip; strips that share each load of the inputs
+constexpr int UNIT = STRIP * STRIPS;              // rows that are done together
+
+}  // namespace
+
+// The rows at hand: where they begin, and their scales and zeros turned over, [groups, 16] a strip.
+struct StripUnit {
+    const uint8_t* data[UNIT];
+    float *scale[STRIPS], *zero[STRIPS];
+};
+
+namespace {
+
+constexpr int64_t MOST = 64;                      // inputs that share a decoded strip: their sums stay in the first cache
+constexpr int RING = 32;                          // turned vectors of a strip that are kept
+
+struct Piece {
+    int64_t start, count, group;  // columns, and the group of weights they belong to
+};
+
+// The inputs as planes: for each piece and token, P times the codes of 32 columns in the order in which the steps meet
+// them, the scale, and the sums of each plane (times minus the midpoint as integers, or plain as floats).
+template <int P>
+struct Codes {
+    int8_t codes[P][PIECE];
+    float scale;
+    int32_t sums[P];
+};
+
+bool is_dense(const Matrix& w) {
+    return w.bits <= 4 && w.bits != 3 && (w.groups == 1 || w.group % (32 / w.bits) == 0);
+}
+
+int make_lane(const Matrix& w) { return is_dense(w) ? 32 / w.bits : 4; }
+
+int plane_count(const Inputs& in) {
+    if (in.activation != PLAIN) return in.activation == SYMMETRIC ? 1 : 2;
+    return in.type == FLOAT_F32 ? 3 : 2;
+}
+
+// Cuts the columns where a scale of the weight or of the activation ends, and after PIECE columns.
+int64_t make_pieces(const Matrix& w, const Inputs& in, Piece* pieces) {
+    const int64_t wide = w.groups == 1 ? w.columns : w.group;
+    const int64_t inputs = in.activation == PLAIN ? w.columns : in.group;
+    int64_t count = 0, group = 0, group_end = wide, input_end = inputs;
+    for (int64_t start = 0; start < w.columns;) {
+        int64_t stop = start + PIECE;
+        stop = stop < group_end ? stop : group_end;
+        stop = stop < input_end ? stop : input_end;
+        stop = stop < w.columns ? stop : w.columns;
+        pieces[count++] = {start, stop - start, group};
+        if (stop == group_end) group_end += wide, ++group;
+        if (stop == input_end) input_end += inputs;
+        start = stop;
+    }
+    return count;
+}
+
+// 32 floats of a piece as codes under a power of two. `reach`: the exponent of the largest code. Returns the scale; sets
+// `bad` where an input is not finite.
+INLINE float fix_floats(const Inputs& in, int64_t at, int64_t count, int reach, __m512i code[2], __mmask16* bad) {
+    __m512 x[2], top = _mm512_setzero_ps();
+    for (int i = 0; i < 2; ++i) {
+        x[i] = load_floats(in.x, at + 16 * i, in.type, first_lanes(count - 16 * i));
+        top = _mm512_max_ps(top, _mm512_abs_ps(x[i]));
+        *bad |= _mm512_fpclass_ps_mask(x[i], 0x99);  // infinities and NaN
+    }
+    const float largest = _mm512_reduce_max_ps(top);
+    int exponent = static_cast<int>(bits_of(largest) >> 23) - 127 - reach;
+    exponent = exponent < -126 ? -126 : exponent;
+    const __m512 inverse = _mm512_set1_ps(float_of(static_cast<uint32_t>(127 - exponent) << 23));
+    for (int i = 0; i < 2; ++i) code[i] = _mm512_cvtps_epi32(_mm512_mul_ps(x[i], inverse));
+    // Zeros get the scale 0: products with the least exponent would be subnormal, which takes a detour.
+    return largest > 0 ? float_of(static_cast<uint32_t>(exponent + 127) << 23) : 0.f;
+}
+
+// Where the columns of a piece go: step j of a lane meets every `steps`-th of its columns from j on.
+INLINE __m256i order_of(int lane) {
+    alignas(32) uint8_t order[PIECE];
+    const int steps = lane / 4;
+    for (int i = 0; i < PIECE; ++i)
+        order[i] = static_cast<uint8_t>(i / lane * lane + i % lane / 4 + i % 4 * steps);
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(order));
+}
+
+// Splits 32 codes into planes: the lowest eight bits, signed; what is left is shifted down.
+template <int P>
+INLINE void write_codes(const Matrix& w, __m512i code[2], float scale, __m256i order, bool whole_midpoint, Codes<P>* to) {
+    to->scale = scale;
+    for (int p = 0; p < P; ++p) {
+        const __m256i plane = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtepi32_epi8(code[0])),
+                                                      _mm512_cvtepi32_epi8(code[1]), 1);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to->codes[p]), _mm256_permutexvar_epi8(order, plane));
+        const __m512i low[2] = {_mm512_cvtepi8_epi32(_mm256_castsi256_si128(plane)),
+                                _mm512_cvtepi8_epi32(_mm256_extracti128_si256(plane, 1))};
+        const int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(low[0], low[1]));
+        to->sums[p] = whole_midpoint ? -static_cast<int32_t>(w.midpoint) * sum
+                                     : static_cast<int32_t>(bits_of(static_cast<float>(sum)));
+        for (int i = 0; i < 2; ++i) code[i] = _mm512_srai_epi32(_mm512_sub_epi32(code[i], low[i]), 8);
+    }
+}
+
+// One token's inputs. Returns whether they are finite (int8 activations always pass: their scale says NaN).
+template <int P>
+TARGET bool fill_token(const Matrix& w, const Inputs& in, const StripPlan& plan, int64_t token) {
+    const Piece* pieces = static_cast<const Piece*>(plan.pieces);
+    Codes<P>* to = static_cast<Codes<P>*>(plan.codes) + token;
+    const __m256i order = order_of(plan.lane);
+    const int64_t at = token * w.columns;
+    __mmask16 bad = 0;
+    __m512i code[2];
+    if (in.activation == PLAIN) {
+        for (int64_t i = 0; i < plan.count; ++i) {
+            const float scale = fix_floats(in, at + pieces[i].start, pieces[i].count, P == 2 ? 13 : 21, code, &bad);
+            write_codes<P>(w, code, scale, order, !plan.zeros, to + i * in.count);
+        }
+        return bad == 0;
+    }
+    int32_t* codes = scratch<int32_t>(2, w.columns + 16);
+    float scale = 0;
+    for (int64_t i = 0, end = 0; i < plan.count; ++i) {
+        const int64_t start = pieces[i].start, count = pieces[i].count;
+        if (start == end) {
+            end = start + in.group < w.columns ? start + in.group : w.columns;
+            scale = quantize_group(in, at + start, end - start, codes + start);
+        }
+        for (int q = 0; q < 2; ++q)
+            code[q] = _mm512_maskz_loadu_epi32(first_lanes(count - 16 * q), codes + start + 16 * q);
+        write_codes<P>(w, code, scale, order, !plan.zeros, to + i * in.count);
+    }
+    return true;
+}
+
+// Scales and zeros of 16 rows from `first` on.
+TARGET void turn_groups(const Matrix& w, int64_t first, const Cutter& cutter, float* scale, float* zero) {
+    int64_t rows[STRIP];
+    for (int i = 0; i < STRIP; ++i) rows[i] = (first + i < w.rows ? first + i : w.rows - 1) / w.shared;
+    __m512i v[STRIP];
+    for (int64_t g = 0; g < w.groups; g += 16) {
+        const __mmask16 present = first_lanes(w.groups - g);
+        for (int i = 0; i < STRIP; ++i)
+            v[i] = _mm512_castps_si512(load_floats(w.scale, rows[i] * w.groups + g, w.scale_type, present));
+        transpose(v);
+        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(scale + 16 * (g + i), v[i]);
+        if (!zero) continue;
+        for (int i = 0; i < STRIP; ++i) {
+            const uint8_t* packed = w.zero_point ? w.zero_point + rows[i] * zero_bytes(w) : nullptr;
+            const __m512 found = packed ? _mm512_cvtepi32_ps(quarter(codes_of(packed, zero_bytes(w), g / CHUNK, cutter),
+                                                                     static_cast<int>(g % CHUNK / 16)))
+                                        : _mm512_set1_ps(w.midpoint);
+            v[i] = _mm512_castps_si512(found);
+        }
+        transpose(v);
+        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(zero + 16 * (g + i), v[i]);
+    }
+}
+
+enum Kind { DENSE1 = 1, DENSE2 = 2, DENSE4 = 4, BYTES = 8, CUT = 0 };
+
+// Sums of tokens `first` to `first` + count - 1: [count, STRIPS, 16] floats.
+// ZEROS: a zero a group, taken off as a float (exact: products of it are below 2^24), else the whole midpoint, which
+// the sums start from.
+template <int P, int KIND, bool ZEROS>
+TARGET __attribute__((noinline)) void dot(const Matrix& w, const StripPlan& plan, const StripUnit& unit, int64_t first,
+                                          int64_t tokens, int64_t count, float* totals) {
+    constexpr int STEPS = KIND == DENSE1 ? 8 : KIND == DENSE2 ? 4 : KIND == DENSE4 ? 2 : 1;
+    constexpr int LANES = QUADS / STEPS;  // a piece
+    const Piece* pieces = static_cast<const Piece*>(plan.pieces);
+    const Codes<P>* inputs = static_cast<const Codes<P>*>(plan.codes) + first;
+    const Cutter cutter = make_cutter(w.bits);
+    const int bytes = KIND == CUT ? cutter.chunk_bytes : 64;
+    const __m512i mask = _mm512_set1_epi8((1 << (KIND ? KIND : 1)) - 1);
+    const int64_t lines = UNIT * bytes / 64;  // cache lines of a block of all rows
+    const uint8_t* next = unit.data[0] + UNIT * w.row_bytes;
+    // Turned vectors; the first ones are kept behind the last, too, so that a piece never meets the end.
+    alignas(64) __m512i ring[STRIPS][RING + QUADS];
+    for (int64_t m = 0; m < count * STRIPS; ++m) _mm512_store_ps(totals + STRIP * m, _mm512_setzero_ps());
+    int64_t filled = 0;  // lanes
+    for (int64_t i = 0; i < plan.count; ++i) {
+        const int64_t lane = pieces[i].start / (4 * STEPS);
+        for (; filled < lane + LANES; filled += 16) {
+            const int64_t block = filled / 16 * bytes;
+            // Meanwhile the next unit is fetched, in the order in which it lies in memory.
+            for (int64_t line = 0; line < lines; ++line, next += 64)
+                _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+            const __mmask64 present = present_bytes(w.row_bytes, filled / 16, bytes);
+            for (int s = 0; s < STRIPS; ++s) {
+                __m512i v[16];
+                for (int r = 0; r < STRIP; ++r) {
+                    const uint8_t* data = unit.data[STRIP * s + r] + block;
+                    v[r] = _mm512_maskz_loadu_epi8(present, data);
+                    if (KIND == CUT) v[r] = cut_codes(v[r], cutter);
+                }
+                transpose(v);
+                __m512i* to = ring[s] + filled % RING;
+                for (int r = 0; r < 16; ++r) to[r] = v[r];
+                if (filled % RING == 0)
+                    for (int r = 0; r < QUADS; ++r) ring[s][RING + r] = v[r];
+            }
+        }
+        __m512i code[STRIPS][QUADS];
+        __m512 scale[STRIPS], zero[STRIPS];
+        for (int s = 0; s < STRIPS; ++s) {
+            scale[s] = _mm512_load_ps(unit.scale[s] + STRIP * pieces[i].group);
+            if (ZEROS) zero[s] = _mm512_load_ps(unit.zero[s] + STRIP * pieces[i].group);
+            for (int l = 0; l < LANES; ++l) {
+                const __m512i packed = ring[s][lane % RING + l];
+#pragma GCC unroll 8
+                for (int j = 0; j < STEPS; ++j) {
+                    __m512i& found = code[s][l * STEPS + j];
+                    found = STEPS > 1 && j ? _mm512_srli_epi32(packed, KIND * j) : packed;
+                    if (STEPS > 1) found = _mm512_and_si512(found, mask);
+                }
+            }
+        }
+        const Codes<P>* in = inputs + i * tokens;
+        for (int64_t m = 0; m < count; ++m, ++in) {
+            __m512 value[STRIPS];
+#pragma GCC unroll 3
+            for (int p = P - 1; p >= 0; --p) {
+                const __m512i start = ZEROS ? _mm512_setzero_si512() : _mm512_set1_epi32(in->sums[p]);
+                __m512i sum[STRIPS] = {start, start};
+#pragma GCC unroll 8
+                for (int q = 0; q < QUADS; ++q) {
+                    int32_t four;
+                    std::memcpy(&four, in->codes[p] + 4 * q, 4);
+                    const __m512i input = _mm512_set1_epi32(four);
+                    for (int s = 0; s < STRIPS; ++s) sum[s] = _mm512_dpbusd_epi32(sum[s], code[s][q], input);
+                }
+                for (int s = 0; s < STRIPS; ++s) {
+                    __m512 part = _mm512_cvtepi32_ps(sum[s]);
+                    if (ZEROS) part = _mm512_fnmadd_ps(zero[s], _mm512_set1_ps(float_of(in->sums[p])), part);
+                    value[s] = p == P - 1 ? part : _mm512_fmadd_ps(value[s], _mm512_set1_ps(256.f), part);
+                }
+            }
+            const __m512 input_scale = _mm512_set1_ps(in->scale);
+            for (int s = 0; s < STRIPS; ++s) {
+                float* total = totals + (m * STRIPS + s) * STRIP;
+                const __m512 both = _mm512_mul_ps(scale[s], input_scale);
+                _mm512_store_ps(total, _mm512_fmadd_ps(both, value[s], _mm512_load_ps(total)));
+            }
+        }
+    }
+}
+
+template <int P, bool ZEROS>
+StripPlan::Dot choose_dot(int bits, bool dense) {
+    if (!dense) return bits == 8 ? dot<P, BYTES, ZEROS> : dot<P, CUT, ZEROS>;
+    return bits == 1 ? dot<P, DENSE1, ZEROS> : bits == 2 ? dot<P, DENSE2, ZEROS> : dot<P, DENSE4, ZEROS>;
+}
+
+template <int P>
+void choose(const Matrix& w, const Inputs& in, StripPlan* plan) {
+    plan->codes = scratch<Codes<P>>(1, in.count * plan->count);
+    plan->fill = fill_token<P>;
+    plan->dot = plan->zeros ? choose_dot<P, true>(w.bits, is_dense(w)) : choose_dot<P, false>(w.bits, is_dense(w));
+}
+
+}  // namespace
+
+bool fits_strips(const Matrix& w, const Inputs& in) {
+    if (w.table || (w.groups > 1 && w.group % 4)) return false;
+    return in.activation == PLAIN || in.group >= w.columns || in.group % make_lane(w) == 0;
+}
+
+StripPlan plan_strips(const Matrix& w, const Inputs& in) {
+    StripPlan plan;
+    plan.zeros = w.zero_point || w.midpoint != static_cast<int32_t>(w.midpoint);
+    plan.lane = make_lane(w);
+    const int64_t ends = w.groups + (in.activation == PLAIN ? 0 : w.columns / in.group);
+    Piece* pieces = scratch<Piece>(0, w.columns / PIECE + ends + 3);
+    plan.pieces = pieces;
+    plan.count = make_pieces(w, in, pieces);
+    const int planes = plane_count(in);
+    planes == 1 ? choose<1>(w, in, &plan) : planes == 2 ? choose<2>(w, in, &plan) : choose<3>(w, in, &plan);
+    return plan;
+}
+
+TARGET void run_strips(const Matrix& w, const Inputs& in, const StripPlan& plan) {
+    const Cutter cutter = make_cutter(w.bits);
+    const RowRange mine = strip_rows(w);
+    const int64_t groups = (w.groups + 15) / 16 * 16;
+    float* turned = scratch<float>(5, 2 * UNIT * groups);
+    float* totals = scratch<float>(6, MOST * UNIT);
+    StripUnit unit;
+    for (int s = 0; s < STRIPS; ++s) {
+        unit.scale[s] = turned + 2 * s * STRIP * groups;
+        unit.zero[s] = unit.scale[s] + STRIP * groups;
+    }
+    for (int64_t row = mine.first; row < mine.last; row += UNIT) {
+        for (int64_t r = 0; r < UNIT; ++r)
+            unit.data[r] = w.qdata + (row + r < w.rows ? row + r : w.rows - 1) * w.row_bytes;
+        for (int s = 0; s < STRIPS; ++s)
+            turn_groups(w, row + STRIP * s, cutter, unit.scale[s], plan.zeros ? unit.zero[s] : nullptr);
+        for (int64_t k = 0; k < in.count; k += MOST) {
+            const int64_t count = in.count - k < MOST ? in.count - k : MOST;
+            plan.dot(w, plan, unit, k, in.count, count, totals);
+            for (int s = 0; s < STRIPS; ++s) {
+                const int64_t at = row + STRIP * s;
+                const __mmask16 present = first_lanes(w.rows - at);
+                const __m512 bias = in.bias ? load_floats(in.bias, at, in.bias_type, present) : _mm512_setzero_ps();
+                for (int64_t m = 0; m < count; ++m)
+                    store_floats(in.out, (k + m) * w.rows + at, in.type, present,
+                                 _mm512_add_ps(_mm512_load_ps(totals + (m * STRIPS + s) * STRIP), bias));
+            }
+        }
+    }
+}
+
+RowRange strip_rows(const Matrix& w) {
+    const int64_t units = (w.rows + UNIT - 1) / UNIT, threads = omp_get_num_threads(), me = omp_get_thread_num();
+    const int64_t last = units * (me + 1) / threads * UNIT;
+    return {units * me / threads * UNIT, last < w.rows ? last : w.rows};
+}
+
+#endif
