@@ -1,7 +1,7 @@
 """Small operators on few tokens, run one after the other in one native call.
 
-A product of a small model takes less time than its way through Python. A `Chain` is the list of operators between two
-attentions with all its buffers; running it costs one call. Every operator rounds as torch's own does, bit for bit.
+A product of a small model takes less time than its way through Python. A `Chain` is a list of operators with all its
+buffers; running it costs one call. Every operator rounds as torch's own does, bit for bit.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from ctypes import c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from llmquant.kernels.packed import Packed
 from llmquant.primitives.dynamic import Activation
 
 DTYPES = (torch.bfloat16, torch.float16)
+WIDEST_HEAD = 256
 _KERNELS = ("amx", "avx512_vnni")
 
 
@@ -40,6 +42,12 @@ class _Step(ctypes.Structure):
         ("head", c_int64),
         ("place_step", c_int64),
         ("eps", c_float),
+        ("scale", c_float),
+        ("kv_heads", c_int64),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("length", c_int64),
+        ("room", c_int64),
     )
 
 
@@ -52,6 +60,16 @@ def refusal(weight: Packed, activation: Activation | None) -> str | None:
         return f"there are no integer products of {weight.format}"
     if activation is not None and activation.width(weight.columns) % 32 and activation.group:
         return f"activation groups of {activation.group} are no multiple of 32"
+    return None
+
+
+def attention_refusal(dtype: torch.dtype, head: int) -> str | None:
+    """Why an attention over heads of so many elements cannot be a step of a chain, or None."""
+    loaded = library.load()
+    if loaded is None or not loaded.llmquant_can_attend(library.FLOAT_TYPES.get(dtype, 0)):
+        return f"this processor lacks what attentions of {dtype} need"
+    if head % 32 or head > WIDEST_HEAD:
+        return f"heads of {head} are no multiple of 32 up to {WIDEST_HEAD}"
     return None
 
 
@@ -101,7 +119,19 @@ class Chain:
         step = head if cos.shape[0] > 1 else 0
         self._add(4, x=x, y=cos, z=sin, width=x.shape[-1], heads=heads, head=head, place_step=step)
 
+    def attention(self, qkv: Tensor, heads: int, kv_heads: int, head: int, scale: float) -> Attention:
+        """qkv [tokens, (heads + 2 * kv_heads) * head]: the last token of as many sequences, which sees all of its own.
+
+        Its keys and values are first put into the cache that `Attention.look_at` has given before the run.
+        """
+        assert attention_refusal(self.dtype, head) is None and heads % kv_heads == 0
+        assert qkv.shape == (self.tokens, (heads + 2 * kv_heads) * head)
+        out = torch.empty(self.tokens, heads * head, dtype=self.dtype)
+        self._add(5, x=qkv, out=out, width=qkv.shape[-1], heads=heads, head=head, scale=scale, kv_heads=kv_heads)
+        return Attention(out, self, len(self._steps) - 1)
+
     def _add(self, kind: int, **values: object) -> None:
+        assert self._made is None, "the chain has run"
         step = _Step(kind=kind)
         for name, value in values.items():
             if isinstance(value, Tensor):
@@ -112,15 +142,48 @@ class Chain:
 
     def run(self, x: Tensor | None = None, out: Tensor | None = None) -> None:
         """Runs all steps; `x` is the first one's input and `out` the last one's output, where they change."""
-        if self._made is None:
-            self._made = (_Step * len(self._steps))(*self._steps)
+        made = self.steps()
         if x is not None:
-            self._made[0].x = x.data_ptr()
+            made[0].x = x.data_ptr()
         if out is not None:
-            self._made[-1].out = out.data_ptr()
+            made[-1].out = out.data_ptr()
         loaded = library.load()
         assert loaded is not None
-        loaded.llmquant_chain(self._made, len(self._steps), self.tokens, library.FLOAT_TYPES[self.dtype])
+        loaded.llmquant_chain(made, len(self._steps), self.tokens, library.FLOAT_TYPES[self.dtype])
+
+    def steps(self) -> ctypes.Array[_Step]:
+        """The steps as native code reads them; from then on none can be added."""
+        if self._made is None:
+            self._made = (_Step * len(self._steps))(*self._steps)
+        return self._made
+
+
+@dataclass
+class Attention:
+    """An attention of a chain.
+
+    out: [tokens, heads * head].
+    """
+
+    out: Tensor
+    chain: Chain
+    index: int
+    cache: tuple[Tensor, Tensor] | None = None
+
+    def look_at(self, keys: Tensor, values: Tensor, length: int) -> None:
+        """Where the next run finds the cache: both [tokens, kv_heads, room, head], `length` < room places written.
+
+        Needed before every run, as a run writes the place `length`.
+        """
+        step = self.chain.steps()[self.index]
+        if self.cache is None or self.cache[0] is not keys or self.cache[1] is not values:
+            for one in (keys, values):
+                assert one.is_contiguous() and one.dtype == self.chain.dtype
+                assert one.shape == (self.chain.tokens, step.kv_heads, keys.shape[2], step.head)
+            step.keys, step.values, step.room = keys.data_ptr(), values.data_ptr(), keys.shape[2]
+            self.cache = (keys, values)
+        assert 0 <= length < step.room
+        step.length = length
 
 
 @functools.cache
@@ -138,3 +201,51 @@ def norms_like_torch(width: int, dtype: torch.dtype) -> bool:
     found = chain.norm(x.to(dtype), torch.ones(width, dtype=dtype), 1e-5)
     chain.run()
     return torch.equal(found, F.rms_norm(x.to(dtype), (width,), None, 1e-5))
+
+
+LENGTHS = (*range(1, 66), 100, 127, 255, 384, 385, 386, 510, 511, 512, 513, 514, 515, 516, 545, 700, 1023, 1024, 1025, 1600)
+"""Where the order of a sum may change: at the ends of vectors, of unrolled loops and of blocks of keys."""
+
+
+@functools.cache
+def attention_like_torch(head: int, dtype: torch.dtype) -> bool:
+    """Whether `Chain.attention` gives torch's bits at this width of heads here.
+
+    What torch runs depends on its build, on the processor and on the environment (MKL's, too), not on the number of
+    threads or heads. Sums that cancel make any other order of summation plain to see.
+    """
+    if attention_refusal(dtype, head) is not None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    return all(_attends_like_torch(length, head, dtype, generator) for length in LENGTHS)
+
+
+def _attends_like_torch(length: int, head: int, dtype: torch.dtype, generator: torch.Generator) -> bool:
+    q, k, v = (x.to(dtype) for x in _cancelling(length, 4, 2, head, generator))
+    made = Chain(1, dtype)
+    attention = made.attention(torch.cat([q, k[:, -1], v[:, -1]]).view(1, -1), 4, 2, head, head**-0.5)
+    keys, values = k[None].clone(), v[None].clone()
+    attention.look_at(keys, values, length - 1)
+    made.run()
+    wanted = F.scaled_dot_product_attention(q[None, :, None], k[None], v[None], scale=head**-0.5, enable_gqa=True)
+    return torch.equal(attention.out, wanted.view(1, -1))
+
+
+def _cancelling(
+    length: int, heads: int, kv_heads: int, head: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [heads, head], k and v [kv_heads, length, head] of large numbers whose sums are small: mostly rounding errors.
+
+    The first query is 0, so that all values weigh the same and cancel, too; the others have a part that does not.
+    """
+
+    def wide(*shape: int) -> Tensor:
+        return 100 * torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp()
+
+    q, k, v = wide(heads, head), wide(kv_heads, length, head), wide(kv_heads, length, head)
+    q, k, v = q + q.flip(-1), k - k.flip(-1), v - v.flip(-2)
+    for x in (q, k):
+        x[..., :4] = torch.randn(x[..., :4].shape, generator=generator)
+    k[..., -4:] = 0
+    q[0] = 0
+    return q, k, v

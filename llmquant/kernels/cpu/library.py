@@ -40,6 +40,7 @@ _SIGNATURES = {
     ),
     "llmquant_rows": (c_int64, (c_int32, c_void_p, c_void_p, c_int64, c_int32, c_void_p)),
     "llmquant_chain": (None, (c_void_p, c_int64, c_int64, c_int32)),
+    "llmquant_can_attend": (c_int32, (c_int32,)),
     "llmquant_read": (c_uint64, (c_void_p, c_int64)),
 }
 

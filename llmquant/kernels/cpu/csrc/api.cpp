@@ -7,6 +7,7 @@
 #include <cstddef>
 
 void run_chain(const Step* steps, int64_t count, int64_t tokens, int32_t type);
+bool can_attend(int32_t type);
 
 namespace {
 
@@ -37,6 +38,9 @@ void llmquant_linear(int32_t kernels, const Matrix* w, const void* x, int32_t ty
 void llmquant_chain(const Step* steps, int64_t count, int64_t tokens, int32_t type) {
     run_chain(steps, count, tokens, type);
 }
+
+// Whether this processor has what attentions in chains of a type need.
+int32_t llmquant_can_attend(int32_t type) { return can_attend(type); }
 
 // Rows as floats of `type`: all of them where `indices` is null. Returns the place of the first index that is out of
 // range, and then writes nothing, or -1.

@@ -9,6 +9,7 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <omp.h>
 
+#include "attention.h"
 #include "vbmi.h"
 
 void linear_in_region(const Matrix& w, const Inputs& in);
@@ -113,6 +114,23 @@ void rope(const Step& s, int64_t token, int64_t head, int32_t type) {
     }
 }
 
+// The new tokens' keys and values become the last rows of their caches.
+void append(const Step& s, int64_t head) {
+    const int64_t token = head / s.kv_heads, from = token * s.width + (s.heads + head % s.kv_heads) * s.head;
+    const uint16_t* key = static_cast<const uint16_t*>(s.x) + from;
+    const int64_t at = (head * s.room + s.length) * s.head, bytes = 2 * s.head;
+    std::memcpy(static_cast<uint16_t*>(s.keys) + at, key, bytes);
+    std::memcpy(static_cast<uint16_t*>(s.values) + at, key + s.kv_heads * s.head, bytes);
+}
+
+void attend(const Step& s, int64_t token, int64_t head, int32_t type) {
+    const int64_t cache = (token * s.kv_heads + head / (s.heads / s.kv_heads)) * s.room * s.head;
+    const uint16_t* q = static_cast<const uint16_t*>(s.x) + token * s.width + head * s.head;
+    const uint16_t *keys = static_cast<uint16_t*>(s.keys) + cache, *values = static_cast<uint16_t*>(s.values) + cache;
+    attend({q, keys, values, s.length + 1, s.head, s.scale, type},
+           static_cast<uint16_t*>(s.out) + (token * s.heads + head) * s.head);
+}
+
 TARGET void run(const Step& s, int64_t tokens, int32_t type) {
     const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
     const auto share = [&](int64_t n, int64_t i) { return (n / 32 * i / threads) * 32 + (i == threads ? n % 32 : 0); };
@@ -124,8 +142,13 @@ TARGET void run(const Step& s, int64_t tokens, int32_t type) {
         for (int64_t t = 0; t < tokens; ++t) gate(s, t, share(s.width, me), share(s.width, me + 1), type);
     else if (s.kind == NORM)
         for (int64_t t = me; t < tokens; t += threads) norm(s, t, type);
-    else
+    else if (s.kind == ROPE)
         for (int64_t i = me; i < tokens * s.heads; i += threads) rope(s, i / s.heads, i % s.heads, type);
+    else {
+        for (int64_t i = me; i < tokens * s.kv_heads; i += threads) append(s, i);
+#pragma omp barrier
+        for (int64_t i = me; i < tokens * s.heads; i += threads) attend(s, i / s.heads, i % s.heads, type);
+    }
 }
 
 }  // namespace
@@ -138,6 +161,11 @@ void run_chain(const Step* steps, int64_t count, int64_t tokens, int32_t type) {
     }
 }
 
+bool can_attend(int32_t type) {
+    return VNNI.present() && (type == FLOAT_F16 || (type == FLOAT_BF16 && __builtin_cpu_supports("avx512bf16")));
+}
+
 #else
 void run_chain(const Step*, int64_t, int64_t, int32_t) {}
+bool can_attend(int32_t) { return false; }
 #endif
