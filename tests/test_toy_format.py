@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import make_weight
+from models import Folders, load
 
 from llmquant.checkpoint.inspect import inspect_checkpoint
 from llmquant.checkpoint.stream import quantize_checkpoint
@@ -48,10 +49,8 @@ def test_values_of_the_format_survive(toy: Format) -> None:
     assert torch.equal(quantize_weight(plain, parse_scheme("toy4")).dequantize(), plain)
 
 
-def test_quantize_save_and_load(toy: Format, llama_folder: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(llama_folder)
+def test_quantize_save_and_load(toy: Format, folders: Folders, tmp_path: Path) -> None:
+    model = load(folders("llama-tied"))
     report = quantize_(model, "toy4")
     assert {w.scheme for w in report.quantized.values()} == {"toy4"} and len(report.quantized) > 10
     tokens = torch.arange(12).reshape(2, 6)
@@ -60,7 +59,7 @@ def test_quantize_save_and_load(toy: Format, llama_folder: Path, tmp_path: Path)
     assert expected.isfinite().all()
     model.save_pretrained(tmp_path / "saved")
 
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
     weights = {name: p for name, p in loaded.named_parameters() if isinstance(p, QuantizedTensor)}
     assert set(report.quantized) <= set(weights)
     assert {w.meta.format for w in weights.values()} == {"toy4"}
@@ -68,8 +67,8 @@ def test_quantize_save_and_load(toy: Format, llama_folder: Path, tmp_path: Path)
         assert torch.equal(loaded(tokens).logits, expected)
 
 
-def test_inspect(toy: Format, llama_folder: Path, tmp_path: Path) -> None:
-    report = quantize_checkpoint(llama_folder, tmp_path / "out", "toy4")
+def test_inspect(toy: Format, folders: Folders, tmp_path: Path) -> None:
+    report = quantize_checkpoint(folders("llama-tied"), tmp_path / "out", "toy4")
     rows = {row.fqn: row for row in inspect_checkpoint(tmp_path / "out").rows if row.quantized}
     assert set(rows) == set(report.quantized)
     for name, weight in report.quantized.items():

@@ -85,12 +85,16 @@ def find_candidates(model: nn.Module) -> Inventory:
 
 @dataclass(frozen=True)
 class _Use:
-    """One name of a parameter: the module that owns it there, the attribute that holds it, the role it plays."""
+    """One name of a parameter: the module that owns it there, the attribute that holds it, the role it plays.
+
+    `routing` says how it chooses among experts, if it does.
+    """
 
     owner: nn.Module
     attribute: str
     param: nn.Parameter
     role: Role | None
+    routing: str | None
 
 
 def _uses(model: nn.Module) -> dict[str, _Use]:
@@ -102,7 +106,8 @@ def _uses(model: nn.Module) -> dict[str, _Use]:
         path, _, attribute = fqn.rpartition(".")
         owner = modules[path]
         is_head = owner is declared_head if declared_head is not None else path.rpartition(".")[2] == "lm_head"
-        uses[fqn] = _Use(owner, attribute, param, _role(owner, attribute, param, is_head))
+        role = _role(owner, attribute, param, is_head)
+        uses[fqn] = _Use(owner, attribute, param, role, _routing(modules, path))
     return uses
 
 
@@ -146,6 +151,7 @@ def _tie_holds(target: nn.Parameter, source: nn.Parameter) -> bool:
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EXPERTS_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # set by `use_experts_implementation`
+_ROUTERS = ("Router", "MoEGate", "MoEV1Gate", "TopKGate", "TopKGating")  # how the names of their classes end
 
 
 def _role(owner: nn.Module, attribute: str, param: nn.Parameter, is_head: bool) -> Role | None:
@@ -172,6 +178,23 @@ def _is_experts(module: nn.Module) -> bool:
     return marked or (type(module).__name__.endswith("Experts") and hasattr(module, "num_experts"))
 
 
+def _routing(modules: Mapping[str, nn.Module], path: str) -> str | None:
+    """How a module, or one that it lies in, chooses among experts; None if it does not.
+
+    Routers are small, and an error in them picks other experts. Most hold a plain parameter, but those of Llama 4 and
+    Phi-MoE are linears, and those of AFMoE, DBRX, Gemma 4, JetMoE, LongCat, Switch and others have some inside. The
+    gate of a shared expert is known by its name alone.
+    """
+    if path.endswith("shared_expert_gate"):
+        return "the gate of a shared expert"
+    while path:
+        kind = type(modules[path]).__name__
+        if kind.endswith(_ROUTERS):
+            return f"{kind}: a router, where a small error picks other experts"
+        path = path.rpartition(".")[0]
+    return None
+
+
 def _obstacle(use: _Use) -> str | None:
     """Why a parameter cannot be quantized in this use of it, or None if it can."""
     kind = type(use.owner).__name__
@@ -182,7 +205,7 @@ def _obstacle(use: _Use) -> str | None:
     if use.role is Role.embedding and getattr(use.owner, "max_norm", None) is not None:
         return f"{kind}: max_norm renormalises the weight in place"
     if use.role is not None:
-        return None
+        return use.routing
     if use.attribute.endswith("bias"):
         return "a bias"
     if "norm" in kind.lower():

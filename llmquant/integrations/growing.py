@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from llmquant.errors import LlmQuantError
+
 ROOM = 256
 """Tokens for which there is room after the cache was copied."""
 
@@ -30,9 +32,14 @@ def append(cache: DynamicLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
     The room is used only while the cache holds the very tensors that were put there last, so nothing that anybody can
     see is ever overwritten; cropped, reordered or shared tensors are copied first.
+
+    Raises:
+        LlmQuantError: for keys or values whose shape, dtype or device is not that of the cached ones.
     """
     if type(cache) is not DynamicLayer or cache.keys is None or cache.values is None or cache.keys.dim() != 4:
         return cache.update(k, v)
+    _check_fits("keys", k, cache.keys)
+    _check_fits("values", v, cache.values)
     room: _Room | None = cache.__dict__.get("_llmquant_room")
     length = cache.keys.shape[-2]
     ours = room is not None and room.keys is cache.keys and room.values is cache.values
@@ -44,6 +51,17 @@ def append(cache: DynamicLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     cache.keys, cache.values = room.keys, room.values = keys, values
     cache.__dict__["_llmquant_room"] = room
     return keys, values
+
+
+def _check_fits(name: str, new: Tensor, seen: Tensor) -> None:
+    """Writing one token into the room would broadcast and cast where concatenation raises or changes the whole."""
+    batch, heads, _, width = seen.shape
+    if new.shape != (batch, heads, 1, width) or new.dtype != seen.dtype or new.device != seen.device:
+        raise LlmQuantError(
+            f"{name} {list(new.shape)} in {new.dtype} on {new.device} are no next token of a cache "
+            f"{list(seen.shape)} in {seen.dtype} on {seen.device}",
+            hint="a cache that this model filled, with the same batch",
+        )
 
 
 def _larger(seen: Tensor) -> Tensor:

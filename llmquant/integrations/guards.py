@@ -23,7 +23,7 @@ class Guards:
     spaces: list[dict[str, Any]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     values: list[Any] = field(default_factory=list)
-    quantized: list[tuple[QuantizedTensor, Tensor]] = field(default_factory=list)
+    quantized: list[tuple[QuantizedTensor, Tensor, Tensor]] = field(default_factory=list)
     dense: list[tuple[Tensor, int]] = field(default_factory=list)
     hooks: list[dict[int, Any]] = field(
         default_factory=lambda: [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
@@ -55,7 +55,7 @@ class Guards:
         for name, parameter in module._parameters.items():
             self.watch(module._parameters, name, parameter)
             if isinstance(parameter, QuantizedTensor):
-                self.quantized.append((parameter, parameter.qdata))
+                self.quantized.append((parameter, parameter.qdata, parameter.scale))
             elif parameter is not None and merged:
                 self.dense.append((parameter, parameter.data_ptr()))
 
@@ -63,7 +63,7 @@ class Guards:
         """Whether everything is as it was."""
         return (
             all(map(is_, map(dict.get, self.spaces, self.names), self.values))
-            and all(weight.qdata is qdata for weight, qdata in self.quantized)
+            and all(weight.qdata is qdata and weight.scale is scale for weight, qdata, scale in self.quantized)
             and all(tensor.data_ptr() == address for tensor, address in self.dense)
         )
 

@@ -72,6 +72,8 @@ def _joinable(weights: list[Tensor]) -> list[QuantizedTensor]:
         w.meta != quantized[0].meta or w.dtype != weights[0].dtype or w.device != weights[0].device for w in quantized
     ):
         raise UnsupportedOpError("the weights differ in format, block, dtype or device")
+    if any(w.scale.requires_grad for w in quantized):
+        raise UnsupportedOpError("a scale is being trained")  # an optimizer holds the tensor that would be replaced
     if quantized[0].meta.transposed or quantized[0].meta.block[0] != 1:
         raise UnsupportedOpError("a scale spans several rows")
     if quantized[0].kernel().kernel == "reference":

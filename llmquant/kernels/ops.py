@@ -1,4 +1,8 @@
-"""The operators `torch.ops.llmquant.*`: schema, checks, fake and gradient of each. Backends only compute."""
+"""The operators `torch.ops.llmquant.*`: schema, checks, fake and gradient of each. Backends only compute.
+
+All are differentiable in the weight's scale and, where zero points are real numbers (see `Packed`), in these: whatever
+backend ran forward, the reference computes those gradients.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,10 @@ import torch
 from torch import Tensor
 
 from llmquant.formats import get_format
-from llmquant.kernels import registry
+from llmquant.kernels import reference, registry
 from llmquant.kernels.packed import Packed
 from llmquant.primitives.blocks import block_counts
-from llmquant.primitives.dynamic import Activation
+from llmquant.primitives.dynamic import Activation, dequantize_activation, quantize_activation
 
 _PACKED = "Tensor qdata, Tensor scale, Tensor? zero_point, str format, int[2] block, SymInt columns"
 
@@ -26,14 +30,15 @@ LIBRARY.define(f"embedding(Tensor indices, {_PACKED}, ScalarType dtype) -> Tenso
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     """x [..., K], weight [N, K], bias [N] -> [..., N] in x's dtype. Differentiable in x and bias."""
-    if _nobody_watches(x, bias):
+    if _nobody_watches(x, weight, bias):
         return _linear(x, weight, bias)
     return torch.ops.llmquant.linear(x, *weight, bias)
 
 
 def linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None = None) -> Tensor:
-    """`linear` of x in int8 codes (see `primitives.dynamic`); gradients are those of `linear`: straight through."""
-    if _nobody_watches(x, bias):
+    """`linear` of x in int8 codes (see `primitives.dynamic`). The gradient of x is that of `linear`: straight through
+    the rounding; those of scale and zero point meet x as its codes stand for it."""
+    if _nobody_watches(x, weight, bias):
         return _linear_int8(x, weight, activation, bias)
     return torch.ops.llmquant.linear_int8(x, *weight, activation.group, activation.asymmetric, bias)
 
@@ -45,21 +50,33 @@ def matmul(x: Tensor, weight: Packed) -> Tensor:
 
 def embedding(indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
     """indices [...] int32 or int64, weight [N, K] -> [..., K] in `dtype`."""
+    if _nobody_watches(indices, weight, None):
+        return _embedding(indices, weight, dtype)
     return torch.ops.llmquant.embedding(indices, *weight, dtype)
 
 
-def _nobody_watches(x: Tensor, bias: Tensor | None) -> bool:
+def _nobody_watches(x: Tensor, weight: Packed, bias: Tensor | None) -> bool:
     """Whether a call may go straight to the backend: plain CPU tensors, and no autograd, tracer, transform or profiler
     that wants to see an operator. Going through torch's dispatcher would cost several microseconds a call."""
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
         and x.is_cpu
-        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and not (torch.is_grad_enabled() and _learns(x, weight, bias))
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.autograd.profiler._is_profiler_enabled
         and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def _learns(x: Tensor, weight: Packed, bias: Tensor | None) -> bool:
+    """Whether autograd has to see the operator."""
+    return (
+        x.requires_grad
+        or weight.scale.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (weight.zero_point is not None and weight.zero_point.requires_grad)
     )
 
 
@@ -71,7 +88,9 @@ def check_packed(weight: Packed) -> None:
     across, along = block_counts(weight.rows, weight.columns, weight.block)
     _check_tensor("qdata", weight.qdata, (weight.rows, fmt.row_bytes(weight.columns)), torch.uint8, weight)
     _check_tensor("scale", weight.scale, (across, along), weight.scale.dtype, weight)
-    if weight.zero_point is not None:
+    if weight.zero_point is not None and weight.has_real_zeros:
+        _check_tensor("zero_point", weight.zero_point, (across, along), weight.zero_point.dtype, weight)
+    elif weight.zero_point is not None:
         _check_tensor("zero_point", weight.zero_point, (across, fmt.row_bytes(along)), torch.uint8, weight)
     weight.__dict__["checked"] = True
 
@@ -124,8 +143,11 @@ def _matmul(x: Tensor, *args: Any) -> Tensor:
     return registry.backend(weight).matmul(x, weight)
 
 
-def _embedding(indices: Tensor, *args: Any) -> Tensor:
-    weight, dtype = Packed(*args[:6]), args[6]
+def _embedding_op(indices: Tensor, *args: Any) -> Tensor:
+    return _embedding(indices, Packed(*args[:6]), args[6])
+
+
+def _embedding(indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
     check_packed(weight)
     torch._check(
         indices.dtype in (torch.int32, torch.int64),
@@ -146,36 +168,72 @@ def _embedding_fake(indices: Tensor, *args: Any) -> Tensor:
     return indices.new_empty(*indices.shape, Packed(*args[:6]).columns, dtype=args[6])
 
 
-def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keeps the weight, which every operator takes second, and what the gradients of its parameters need."""
     ctx.weight = Packed(*inputs[1:7])
-    ctx.count = len(inputs)  # a bias comes last, or is left out
-    ctx.bias_dtype = inputs[-1].dtype if isinstance(inputs[-1], Tensor) else None
+    ctx.count = len(inputs)
+    ctx.trains = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    if ctx.trains:  # scale and zero point only so that autograd notices if they change before backward
+        ctx.save_for_backward(inputs[0], *inputs[2:4])
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save_weight(ctx, inputs, output)
+    ctx.bias_dtype = inputs[-1].dtype if isinstance(inputs[-1], Tensor) else None  # it comes last, or is left out
+    ctx.activation = None
+
+
+def _save_linear_int8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save_linear(ctx, inputs, output)
+    ctx.activation = Activation(*inputs[7:9])
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = matmul(grad, ctx.weight) if ctx.needs_input_grad[0] else None
-    grad_bias = None
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[ctx.count - 1]:
-        grad_bias = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype)
-    return grad_x, *[None] * (ctx.count - 2), grad_bias
-
-
-def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.weight = Packed(*inputs[1:7])
+    trained = None
+    if ctx.trains:
+        x = ctx.saved_tensors[0]
+        if ctx.activation is not None:
+            x = dequantize_activation(quantize_activation(x, ctx.activation), ctx.activation)
+        trained = reference.qparams_gradients(grad, x, ctx.weight)
+    grads = _in_order(ctx, grad_x, trained)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[-1]:
+        grads[-1] = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype)
+    return tuple(grads)
 
 
 def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return linear(grad, ctx.weight), None, None, None, None, None, None
+    grad_x = linear(grad, ctx.weight) if ctx.needs_input_grad[0] else None
+    trained = reference.qparams_gradients(ctx.saved_tensors[0], grad, ctx.weight) if ctx.trains else None
+    return tuple(_in_order(ctx, grad_x, trained))
+
+
+def _embedding_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    trained = reference.embedding_gradients(ctx.saved_tensors[0], grad, ctx.weight) if ctx.trains else None
+    return tuple(_in_order(ctx, None, trained))
+
+
+def _in_order(ctx: Any, grad_x: Tensor | None, trained: tuple[Tensor, Tensor] | None) -> list[Tensor | None]:
+    """One gradient an argument of the operator: x, qdata, scale, zero point, and None for all others."""
+    grads: list[Tensor | None] = [grad_x, *[None] * (ctx.count - 1)]
+    for index, parameter in ((2, ctx.weight.scale), (3, ctx.weight.zero_point)):
+        if trained is not None and ctx.needs_input_grad[index]:
+            grads[index] = trained[index - 2].to(parameter.dtype)
+    return grads
 
 
 for _name, _impl, _fake in (
     ("linear", _linear_op, _linear_fake),
     ("linear_int8", _linear_int8_op, _linear_fake),
     ("matmul", _matmul, _matmul_fake),
-    ("embedding", _embedding, _embedding_fake),
+    ("embedding", _embedding_op, _embedding_fake),
 ):
     LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"llmquant::{_name}", _fake, lib=LIBRARY)
-for _name in ("linear", "linear_int8"):
-    torch.library.register_autograd(f"llmquant::{_name}", _linear_backward, setup_context=_save_linear, lib=LIBRARY)
-torch.library.register_autograd("llmquant::matmul", _matmul_backward, setup_context=_save_weight, lib=LIBRARY)
+for _name, _save, _backward in (
+    ("linear", _save_linear, _linear_backward),
+    ("linear_int8", _save_linear_int8, _linear_backward),
+    ("matmul", _save_weight, _matmul_backward),
+    ("embedding", _save_weight, _embedding_backward),
+):
+    torch.library.register_autograd(f"llmquant::{_name}", _backward, setup_context=_save, lib=LIBRARY)

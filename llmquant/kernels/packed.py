@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmquant.formats import get_format
 from llmquant.packing.bits import unpack
-from llmquant.primitives.blocks import block_counts, from_blocks, to_blocks
+from llmquant.primitives.blocks import from_blocks, to_blocks
 from llmquant.primitives.spec import QParams
 
 
@@ -26,7 +26,8 @@ class Packed(_Fields):
 
     qdata: uint8 [N, ceil(K * bits / 8)].
     scale: [ceil(N / block rows), ceil(K / block columns)].
-    zero_point: uint8, packed along its rows at the format's bits, or None.
+    zero_point: uint8, packed along its rows at the format's bits, or None. While zero points are trained they may be
+        real numbers instead: a float tensor of the scale's shape, which only the reference serves.
     format: a name in the table of formats.
     block: rows and columns that share a scale.
     columns: K.
@@ -43,13 +44,22 @@ class Packed(_Fields):
         zero_point = None if self.zero_point is None else self.zero_point[across]
         return self._replace(qdata=self.qdata[start:stop], scale=self.scale[across], zero_point=zero_point)
 
+    @property
+    def has_real_zeros(self) -> bool:
+        """Whether zero points are real numbers, one a block, and not packed codes."""
+        return self.zero_point is not None and self.zero_point.is_floating_point()
+
+    def zeros(self) -> Tensor | None:
+        """The zero points one a block, of the scale's shape: uint8, or as they are if they are real numbers."""
+        if self.zero_point is None or self.has_real_zeros:
+            return self.zero_point
+        return unpack(self.zero_point, get_format(self.format).bits, self.scale.shape[1])
+
     def dequantize(self) -> Tensor:
-        """The whole matrix, float32 [N, K], exactly as the format defines it."""
+        """The matrix, float32 [N, K], exactly as the format defines it; differentiable in scale and real zeros."""
         fmt = get_format(self.format)
         codes = to_blocks(unpack(self.qdata, fmt.bits, self.columns), self.block)
-        _, along = block_counts(self.rows, self.columns, self.block)
-        zeros = None if self.zero_point is None else unpack(self.zero_point, fmt.bits, along)
-        values = fmt.numerics.decode(codes, QParams(self.scale, zeros), fmt)
+        values = fmt.numerics.decode(codes, QParams(self.scale, self.zeros()), fmt)
         return from_blocks(values, self.rows, self.columns, self.block)
 
     def panels(self, elements: int = 2**19) -> list[tuple[int, int]]:

@@ -1,7 +1,8 @@
 """The reference in plain aten: it defines what is correct, and serves where no faster kernel does.
 
 Weights are decoded to float32 a panel of rows at a time; products and sums are float32. With int8 activations the
-products within a block are exact, and only their scaling is float32.
+products within a block are exact, and only their scaling is float32. Gradients of scales and zero points are computed
+here whatever backend ran.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmquant.kernels.packed import Packed
+from llmquant.primitives.blocks import to_blocks
 from llmquant.primitives.dynamic import Activation, quantize_activation, steps
 
 
@@ -68,16 +70,56 @@ def matmul(x: Tensor, weight: Packed) -> Tensor:
 
 def embedding(indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
     """indices [...] int -> rows of the table, [..., K] in `dtype`; only the rows asked for are unpacked."""
+    rows = _picked(weight, indices).dequantize().to(dtype)
+    return rows.reshape(*indices.shape, weight.columns).contiguous()
+
+
+def _picked(weight: Packed, indices: Tensor) -> Packed:
+    """The rows that `indices` [...] name, one after the other, each with a copy of its parameters."""
     flat = indices.reshape(-1)
     blocks = flat // weight.block[0]
-    zero_point = None if weight.zero_point is None else weight.zero_point[blocks]
-    rows = weight._replace(
+    return weight._replace(
         qdata=weight.qdata.index_select(0, flat),
         scale=weight.scale[blocks],
-        zero_point=zero_point,
+        zero_point=None if weight.zero_point is None else weight.zero_point[blocks],
         block=(1, weight.block[1]),
     )
-    return rows.dequantize().to(dtype).reshape(*indices.shape, weight.columns)
+
+
+# --- gradients --------------------------------------------------------------------------------------------
+
+
+def qparams_gradients(left: Tensor, right: Tensor, weight: Packed) -> tuple[Tensor, Tensor]:
+    """Gradients of scale and zero point where that of the weight is left.T @ right: left [..., N], right [..., K].
+
+    Both are float32 of the scale's shape. The [N, K] gradient of the weight exists a panel of rows at a time.
+    """
+    left, right = (t.reshape(t.shape[:-1].numel(), t.shape[-1]).float() for t in (left, right))
+    found = [
+        _block_gradients(left[:, start:stop].T @ right, weight.panel(start, stop)) for start, stop in weight.panels()
+    ]
+    return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
+
+
+def embedding_gradients(indices: Tensor, grad: Tensor, weight: Packed) -> tuple[Tensor, Tensor]:
+    """Gradients of scale and zero point, as `qparams_gradients`, where rows `indices` [...] get `grad` [..., K]."""
+    rows = grad.reshape(indices.numel(), weight.columns).float()
+    blocks = indices.reshape(-1) // weight.block[0]
+    scale, zero = (
+        torch.zeros(weight.scale.shape, device=grad.device).index_add(0, blocks, found)
+        for found in _block_gradients(rows, _picked(weight, indices))
+    )
+    return scale, zero
+
+
+def _block_gradients(grad: Tensor, weight: Packed) -> tuple[Tensor, Tensor]:
+    """[N, K] gradient of the values -> gradients of scale and zero point, [B, G] float32 each.
+
+    A value is scale * (its value at scale 1), and with a zero point that is code - zero.
+    """
+    steps = weight._replace(scale=torch.ones_like(weight.scale)).dequantize()
+    scale = to_blocks(grad * steps, weight.block).sum(-1)
+    return scale, to_blocks(grad, weight.block).sum(-1) * -weight.scale.float()
 
 
 def _cuts(columns: int, *widths: int) -> Iterator[tuple[int, int]]:

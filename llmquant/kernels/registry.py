@@ -78,12 +78,15 @@ def backend(weight: Packed) -> Backend:
         return _forced_backend(weight, _forced)
     found = weight.__dict__.get("backend")
     if found is None:
-        found = weight.__dict__["backend"] = BACKENDS[choose(*_traits(weight)).kernel]
+        name = "reference" if weight.has_real_zeros else choose(*_traits(weight)).kernel
+        found = weight.__dict__["backend"] = BACKENDS[name]
     return found
 
 
 def _forced_backend(weight: Packed, name: str) -> Backend:
     refused = BACKENDS[name].refusal(*_traits(weight))
+    if weight.has_real_zeros and name != "reference":
+        refused = "its zero points are real numbers"
     if refused:
         raise ConfigError(f"the backend {name} cannot serve this weight: {refused}", where=weight.format)
     return BACKENDS[name]

@@ -1,7 +1,7 @@
 """The driver: one forward pass per window, scored on its own and against a baseline's logits.
 
-The baseline is either a `Reference`, computed once and kept on disk for many candidates, or a second model run
-beside the candidate window by window. Both end in the same code and give the same bits.
+The baseline is a `Reference`: its logits are computed once and kept on disk for many candidates, so that no two models
+need to be in memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ class Evaluation:
         kl: divergence from the baseline over the scored tokens, in nats.
         top1: fraction of scored tokens where both models' most likely token is the same.
         delta_p_rms: root mean square change of the true token's probability, 0..1.
-        seconds: wall time of the run; with `evaluate_pair`, of both models.
+        seconds: wall time of the run, without the baseline's.
     """
 
     perplexity: Perplexity
@@ -95,29 +94,13 @@ def evaluate(
     Raises:
         LlmQuantError: logits that are not finite, or that do not fit the reference.
     """
-    if reference is None:
-        return _evaluate(model, windows, None, progress)
-    if not torch.equal(reference.windows, windows):
+    if reference is not None and not torch.equal(reference.windows, windows):
         raise LlmQuantError("the reference was computed over other windows", hint="compute it over the same windows")
-    return _evaluate(model, windows, reference.window, progress)
-
-
-def evaluate_pair(
-    model: nn.Module, baseline: nn.Module, windows: Tensor, progress: Progress | None = None
-) -> Evaluation:
-    """Measure a model against a baseline, both in memory and run window by window; as `evaluate`, without a file."""
-    with inference(baseline):
-        return _evaluate(model, windows, partial(_forward, baseline, windows), progress)
-
-
-def _evaluate(
-    model: nn.Module, windows: Tensor, baseline: Callable[[int], Scored] | None, progress: Progress | None
-) -> Evaluation:
     start = time.perf_counter()
     scores = []
     with inference(model):
         for index in _reporting(len(windows), progress):
-            scores.append(_score(_forward(model, windows, index), baseline(index) if baseline else None))
+            scores.append(_score(_forward(model, windows, index), reference.window(index) if reference else None))
     columns = [torch.cat(column) for column in zip(*scores, strict=True)]
     return _summary(time.perf_counter() - start, *columns)
 

@@ -59,7 +59,10 @@ class Numerics(Protocol):
         """x [B, G, n] float32 -> codes [B, G, n] uint8, chosen against the scale as stored."""
 
     def decode(self, codes: Tensor, qparams: QParams, fmt: Format) -> Tensor:
-        """codes [B, G, n] uint8 -> values [B, G, n] float32."""
+        """codes [B, G, n] uint8 -> values [B, G, n] float32: scale times what does not depend on the scale.
+
+        Differentiable in the scale and in a zero point of real numbers, as they stand in `qparams`.
+        """
 
     def candidates(self, x: Tensor, importance: Tensor, spec: QuantSpec) -> Iterator[QParams]:
         """Parameters worth trying. Only formats that list the algorithm `search` need it."""

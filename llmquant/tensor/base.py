@@ -59,6 +59,18 @@ class QuantizedTensor(torch.Tensor):
     It has a floating dtype (that of `dequantize()`), never requires a gradient, and takes over linear,
     embedding and matrix products. What it does not support raises `UnsupportedOpError`.
 
+    Its codes stay as they are, but its scales can be trained through `F.linear`, `F.embedding` and `dequantize()`, on
+    every backend. Keep them in float32 for that (`scale_dtype` of the config): small steps vanish in 16 bits.
+
+        scales = [p.scale.requires_grad_() for p in model.parameters() if isinstance(p, QuantizedTensor)]
+        optimizer = torch.optim.Adam(scales, lr=1e-5)
+        loss(model(x)).backward()
+        optimizer.step()
+        for scale in scales:
+            scale.requires_grad_(False)  # the model is as any other again
+
+    Zero points are codes and have no gradient here; `kernels.packed.Packed` takes real numbers for them.
+
     Args:
         tensors: the inner tensors by field name, in the neutral layout of `kernels.packed.Packed`, with any
             leading dimensions (experts) in front.
@@ -125,7 +137,7 @@ class QuantizedTensor(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
         if id(self) not in memo:
-            copy = self.rebuild(lambda _, t: t.clone())
+            copy = self.rebuild(lambda _, t: t.detach().clone().requires_grad_(t.requires_grad))
             copy.__dict__.update({k: v for k, v in self.__dict__.items() if k not in (*copy.__dict__, "_packed")})
             memo[id(self)] = copy
         return memo[id(self)]
@@ -183,11 +195,14 @@ class QuantizedTensor(torch.Tensor):
         qdata, scale, m = self.qdata, self.scale, self.meta  # inner tensors: no dispatch on the way to a kernel
         assert qdata.dim() == 2, "kernels take one matrix"
         if torch.compiler.is_compiling() or type(qdata) is not Tensor:
+            if scale.requires_grad and torch.is_grad_enabled():
+                raise lost_gradient("a compiled graph", self)  # it takes no gradients to the insides of a subclass
             return Packed(qdata, scale, self.zero_point, m.format, m.block, m.columns)
-        lies_at = (qdata.data_ptr(), scale.data_ptr())
-        if self._packed is None or self._packed[0] != lies_at:
-            self._packed = lies_at, Packed(qdata, scale, self.zero_point, m.format, m.block, m.columns)
-        return self._packed[1]
+        lies_at, kept = (qdata.data_ptr(), scale.data_ptr()), self._packed
+        # A scale may also be replaced by another view of its memory, one that requires a gradient.
+        if kept is None or kept[0] != lies_at or kept[1].scale is not scale:
+            kept = self._packed = lies_at, Packed(qdata, scale, self.zero_point, m.format, m.block, m.columns)
+        return kept[1]
 
     def kernel(self) -> registry.Choice:
         """Which kernel serves this weight, and why."""
@@ -218,6 +233,8 @@ class QuantizedTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if torch.is_grad_enabled() and func.overloadpacket not in KEEPS_GRADIENTS:
+            _refuse_to_lose_gradients(func, args)
         handler = DISPATCH.get(func.overloadpacket)
         if handler is not None:
             return handler(func, *args, **(kwargs or {}))
@@ -229,13 +246,35 @@ class QuantizedTensor(torch.Tensor):
 # Filled by `tensor.ops` (one table for functions, one for aten operators by overload packet).
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 DISPATCH: dict[Any, Callable[..., Any]] = {}
+# Operators whose result has the very scale of its argument, or no need of it.
+KEEPS_GRADIENTS: set[Any] = set()
+
+
+def _refuse_to_lose_gradients(func: Any, args: tuple[Any, ...]) -> None:
+    """Operators arrive below autograd, where it does not see what becomes of a scale."""
+    trained = [w for w in quantized_among(args) if w.scale.requires_grad]
+    if trained:
+        raise lost_gradient(func, trained[0])
+
+
+def lost_gradient(func: Any, weight: QuantizedTensor) -> UnsupportedOpError:
+    """The error of what would train a scale without its gradient."""
+    return UnsupportedOpError(
+        f"{func} would lose the gradient of the scale",
+        where=repr(weight),
+        hint="it flows through uncompiled F.linear, F.embedding and dequantize(); torch.no_grad() where none is wanted",
+    )
+
+
+def quantized_among(args: tuple[Any, ...]) -> list[QuantizedTensor]:
+    """The quantized tensors in an operator's arguments, those in lists last."""
+    lists = [t for a in args if isinstance(a, (list, tuple)) for t in a]
+    return [t for t in (*args, *lists) if isinstance(t, QuantizedTensor)]
 
 
 def unsupported(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Refuses an operator: nothing is dequantized in silence."""
-    tensors = [a for a in args if isinstance(a, QuantizedTensor)]
-    lists = [t for a in args if isinstance(a, (list, tuple)) for t in a if isinstance(t, QuantizedTensor)]
-    which = (tensors + lists)[:1]
+    which = quantized_among(args)[:1]
     raise UnsupportedOpError(
         f"{func} is not supported for {which[0].meta.format if which else 'quantized'} weights",
         where=repr(which[0]) if which else None,

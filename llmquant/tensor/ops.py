@@ -12,7 +12,7 @@ from torch import Tensor
 from llmquant.errors import UnsupportedOpError
 from llmquant.kernels import ops
 from llmquant.tensor import slicing
-from llmquant.tensor.base import DISPATCH, FUNCTIONS, QuantizedTensor, unsupported
+from llmquant.tensor.base import DISPATCH, FUNCTIONS, KEEPS_GRADIENTS, QuantizedTensor, unsupported
 
 aten = torch.ops.aten
 
@@ -66,14 +66,22 @@ def embedding(
 ) -> Tensor:
     """Rows of a quantized table, decoded to its dtype.
 
-    Options about gradients do not matter: the table is frozen. Nor does `activation`: indices are no activations.
+    Options about gradients matter only where the scale is trained: the codes are frozen. Nor does `activation` matter:
+    indices are no activations.
     """
-    del padding_idx, norm_type, scale_grad_by_freq, sparse
+    del norm_type, sparse
     if max_norm is not None:
         raise UnsupportedOpError("max_norm would rewrite the quantized table in place", where=repr(weight))
     if weight.meta.transposed or weight.dim() != 2:
         return unsupported("embedding", weight)
-    return ops.embedding(indices, weight.packed(), weight.dtype)
+    rows = ops.embedding(indices, weight.packed(), weight.dtype)
+    if not rows.requires_grad:
+        return rows
+    if scale_grad_by_freq:
+        raise UnsupportedOpError("scales of a quantized table have no gradient by frequency", where=repr(weight))
+    if padding_idx is None:
+        return rows
+    return torch.where((indices == padding_idx % weight.shape[0]).unsqueeze(-1), rows.detach(), rows)
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
@@ -216,9 +224,18 @@ def _cat(func: Any, tensors: list[Any], dim: int = 0) -> QuantizedTensor:
 # --- copies, dtype, device ------------------------------------------------------------------------------
 
 
-@dispatch(aten.detach, aten.alias)
+@dispatch(aten.detach)
+def _detach(func: Any, w: QuantizedTensor) -> QuantizedTensor:
+    return w.rebuild(lambda _, t: t.detach())
+
+
+@dispatch(aten.alias)
 def _alike(func: Any, w: QuantizedTensor) -> QuantizedTensor:
     return w.rebuild(lambda _, t: t)
+
+
+KEEPS_GRADIENTS |= {aten.detach, aten.alias, aten.t, aten.transpose, aten.permute}
+KEEPS_GRADIENTS |= {aten.equal, aten.is_pinned, aten.empty_like}
 
 
 @dispatch(aten.clone)

@@ -152,6 +152,56 @@ def test_llama4_experts_are_transposed_though_they_do_not_say_so() -> None:
     }
 
 
+A_ROUTER = "a router, where a small error picks other experts"
+MIXTURE = {"num_experts": EXPERTS, "moe_intermediate_size": INNER}
+# A model of every way to write a router with a linear, and what its linears that route are told.
+ROUTED: dict[str, tuple[Callable[[], transformers.PretrainedConfig], dict[str, str]]] = {
+    "llama4": (
+        lambda: transformers.Llama4TextConfig(
+            **COMMON, num_local_experts=2, intermediate_size_mlp=48, head_dim=16, moe_layers=[1]
+        ),
+        {"model.layers.1.feed_forward.router.weight": f"Llama4Router: {A_ROUTER}"},
+    ),
+    "phimoe": (
+        lambda: transformers.PhimoeConfig(**COMMON, num_local_experts=EXPERTS),
+        {f"model.layers.{i}.mlp.router.weight": f"PhimoeTopKRouter: {A_ROUTER}" for i in range(LAYERS)},
+    ),
+    "afmoe": (
+        lambda: transformers.AfmoeConfig(**COMMON, **MIXTURE, head_dim=16, num_dense_layers=1),
+        {"model.layers.1.mlp.router.gate.weight": f"AfmoeTokenChoiceRouter: {A_ROUTER}"},
+    ),
+    "hunyuan": (
+        lambda: transformers.HunYuanMoEV1Config(**COMMON, num_experts=EXPERTS, moe_topk=2, head_dim=16),
+        {f"model.layers.{i}.mlp.gate.wg.weight": f"HunYuanMoEV1Gate: {A_ROUTER}" for i in range(LAYERS)},
+    ),
+    "qwen2-moe": (
+        lambda: transformers.Qwen2MoeConfig(**COMMON, **MIXTURE, shared_expert_intermediate_size=INNER),
+        {f"model.layers.{i}.mlp.shared_expert_gate.weight": "the gate of a shared expert" for i in range(LAYERS)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_linears_that_choose_among_experts_stay_as_they_are(name: str) -> None:
+    config, expected = ROUTED[name]
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config())
+    inventory = find_candidates(model)
+    linears = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert {fqn: why for fqn, why in inventory.others.items() if fqn in linears} == expected
+    assert_accounts_for_all(inventory, model)
+
+
+def test_what_is_only_called_a_gate_is_no_router() -> None:
+    class RouterTraining(nn.Module):  # the name of no router, though it has the word
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.gate, self.router_proj = (nn.Linear(4, 4, bias=False) for _ in range(3))
+
+    names = {"part.gate_proj.weight", "part.gate.weight", "part.router_proj.weight"}
+    assert {c.name for c in find_candidates(nn.ModuleDict({"part": RouterTraining()})).candidates} == names
+
+
 # -------------------------------------------------------------------------------- ties
 
 

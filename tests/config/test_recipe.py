@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import Folders, load
 
 from llmquant.config.fqn import FqnToConfig
 from llmquant.config.recipe import (
@@ -64,15 +65,13 @@ def test_a_shipped_recipe_is_complete(name: str) -> None:
         assert dict(recipe.config.items())["_default"] == parse_scheme(name)  # the name of a scheme means the scheme
 
 
-@pytest.mark.parametrize("family", ["llama_folder", "mixtral_folder"])
+@pytest.mark.parametrize("family", ["llama-tied", "mixtral"])
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_recipe_applies(name: str, family: str, request: pytest.FixtureRequest) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(family))
+def test_a_shipped_recipe_applies(name: str, family: str, folders: Folders) -> None:
+    model = load(folders(family))
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     report = quantize_(model, name)
-    assert tied == (model.lm_head.weight is model.model.embed_tokens.weight) == (family == "llama_folder")
+    assert tied == (model.lm_head.weight is model.model.embed_tokens.weight) == (family == "llama-tied")
     wide = {n for n, p in model.named_parameters() if p.dim() >= 2}
     assert set(report.quantized) | set(report.skipped) >= wide and not report.warnings
     assert any("q_proj" in n for n in report.quantized)

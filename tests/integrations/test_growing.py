@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from llmquant.errors import LlmQuantError
 from llmquant.integrations import growing
 from llmquant.integrations.growing import ROOM, append
 
@@ -109,6 +110,33 @@ def test_it_goes_on_after_any_changes() -> None:
             change = CHANGES[next(names)]
         pair.both(change).grow(i + 3)
     pair.check()
+
+
+MISFITS: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+    "one row for two": (torch.float32, (1, HEADS, 1, WIDTH)),
+    "one head for all": (torch.float32, (2, 1, 1, WIDTH)),
+    "one number for a head": (torch.float32, (2, HEADS, 1, 1)),
+    "no batch": (torch.float32, (HEADS, 1, WIDTH)),
+    "two tokens": (torch.float32, (2, HEADS, 2, WIDTH)),
+    "no token": (torch.float32, (2, HEADS, 0, WIDTH)),
+    "a narrower dtype": (torch.bfloat16, (2, HEADS, 1, WIDTH)),
+    "a wider dtype": (torch.float64, (2, HEADS, 1, WIDTH)),
+}
+
+
+@pytest.mark.parametrize("grown", [0, 3])
+@pytest.mark.parametrize("side", ["keys", "values"])
+@pytest.mark.parametrize("name", MISFITS)
+def test_what_does_not_fit_is_refused_and_changes_nothing(name: str, side: str, grown: int) -> None:
+    dtype, shape = MISFITS[name]
+    pair, (k, v) = Pair(filled()).grow(grown), states(2)
+    bad = torch.ones(shape, dtype=dtype)
+    with pytest.raises(
+        LlmQuantError, match=rf"{side} .* no next token of a cache \[2, {HEADS}, {5 + grown}, {WIDTH}\]"
+    ):
+        append(pair.grown, *((bad, v) if side == "keys" else (k, bad)))
+    pair.check()
+    pair.grow(3).check()
 
 
 # ---------------------------------------------------------------------------------- several caches

@@ -508,6 +508,41 @@ def test_quantized_weights_changed_in_place_are_used(case: str, put: Callable[[T
     assert not torch.equal(generate(model, ids).sequences, before.sequences)
 
 
+def _stepped(weight: QuantizedTensor) -> None:
+    """What an optimizer does."""
+    with torch.no_grad():
+        weight.scale.requires_grad_().mul_(1.5)
+
+
+def _new_scale(weight: QuantizedTensor) -> None:
+    weight.scale = nn.Parameter(weight.scale * 1.5)
+
+
+@pytest.mark.parametrize("case", [ONE, "llama-biases"])
+@pytest.mark.parametrize("train", [_stepped, _new_scale])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_trained_scales_are_used_and_stay_those_that_are_trained(
+    case: str, train: Callable[[Any], None], when: str, short: list[int]
+) -> None:
+    model, other, ids = make(case), make(case), tokens(1)
+    untrained = generate(model, ids).sequences
+    if when == "after":
+        optimize(model)
+        generate(model, ids)
+    trained = {}
+    for one in (other, model):
+        for name, weight in one.named_parameters():
+            if isinstance(weight, QuantizedTensor):
+                train(weight)
+                trained[name] = weight.scale
+    if when == "before":
+        report = optimize(model)
+        assert "a scale is being trained" in report.left.values() or cpu.missing()
+    assert_same_output(generate(model, ids), generate(other, ids))
+    assert short and not torch.equal(generate(model, ids).sequences, untrained)
+    assert all(model.get_parameter(name).scale is scale for name, scale in trained.items())
+
+
 def test_a_replaced_layer_class_is_respected(short: list[int]) -> None:
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
