@@ -15,10 +15,14 @@ ROOM = 256
 
 
 @dataclass(slots=True)
-class _Room:
+class Room:
     """The tensors that a cache layer holds, as views of larger ones with room behind them.
 
     It changes in place: of two shallow copies of a layer, only the one that grows first keeps the room.
+
+    Attributes:
+        keys, values: what the layer holds, [B, H, T, D].
+        all_keys, all_values: the same with the room, [B, H, more than T, D], contiguous.
     """
 
     keys: Tensor
@@ -26,34 +30,52 @@ class _Room:
     all_keys: Tensor
     all_values: Tensor
 
+    @property
+    def length(self) -> int:
+        """T, the place of the next token."""
+        return self.keys.shape[-2]
+
+    def grow(self, cache: DynamicLayer) -> tuple[Tensor, Tensor]:
+        """Lets the layer see the token that was written behind its last one; its keys and values."""
+        length = self.length + 1
+        keys, values = self.all_keys.narrow(-2, 0, length), self.all_values.narrow(-2, 0, length)
+        cache.keys, cache.values = self.keys, self.values = keys, values
+        return keys, values
+
+
+def room_of(cache: DynamicLayer) -> Room | None:
+    """Room for at least one token more, or None where the cache is of another kind or empty.
+
+    The room is used only while the cache holds the very tensors that were put there last, so nothing that anybody can
+    see is ever overwritten; cropped, reordered or shared tensors are copied first.
+    """
+    if type(cache) is not DynamicLayer or cache.keys is None or cache.values is None or cache.keys.dim() != 4:
+        return None
+    room: Room | None = cache.__dict__.get("_llmquant_room")
+    ours = room is not None and room.keys is cache.keys and room.values is cache.values
+    if not ours or room is None or room.length == room.all_keys.shape[-2]:
+        room = Room(cache.keys, cache.values, _larger(cache.keys), _larger(cache.values))
+        cache.__dict__["_llmquant_room"] = room
+    return room
+
 
 def append(cache: DynamicLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """What `cache.update(k, v)` does for one token: k, v [B, H, 1, D] -> keys, values [B, H, T + 1, D].
 
-    The room is used only while the cache holds the very tensors that were put there last, so nothing that anybody can
-    see is ever overwritten; cropped, reordered or shared tensors are copied first.
-
     Raises:
         LlmQuantError: for keys or values whose shape, dtype or device is not that of the cached ones.
     """
-    if type(cache) is not DynamicLayer or cache.keys is None or cache.values is None or cache.keys.dim() != 4:
+    room = room_of(cache)
+    if room is None:
         return cache.update(k, v)
-    _check_fits("keys", k, cache.keys)
-    _check_fits("values", v, cache.values)
-    room: _Room | None = cache.__dict__.get("_llmquant_room")
-    length = cache.keys.shape[-2]
-    ours = room is not None and room.keys is cache.keys and room.values is cache.values
-    if not ours or room is None or length == room.all_keys.shape[-2]:
-        room = _Room(cache.keys, cache.values, _larger(cache.keys), _larger(cache.values))
-    room.all_keys.narrow(-2, length, 1).copy_(k)
-    room.all_values.narrow(-2, length, 1).copy_(v)
-    keys, values = room.all_keys.narrow(-2, 0, length + 1), room.all_values.narrow(-2, 0, length + 1)
-    cache.keys, cache.values = room.keys, room.values = keys, values
-    cache.__dict__["_llmquant_room"] = room
-    return keys, values
+    check_fits("keys", k, room.keys)
+    check_fits("values", v, room.values)
+    room.all_keys.narrow(-2, room.length, 1).copy_(k)
+    room.all_values.narrow(-2, room.length, 1).copy_(v)
+    return room.grow(cache)
 
 
-def _check_fits(name: str, new: Tensor, seen: Tensor) -> None:
+def check_fits(name: str, new: Tensor, seen: Tensor) -> None:
     """Writing one token into the room would broadcast and cast where concatenation raises or changes the whole."""
     batch, heads, _, width = seen.shape
     if new.shape != (batch, heads, 1, width) or new.dtype != seen.dtype or new.device != seen.device:

@@ -1,6 +1,6 @@
 """The steps of a Llama-like decoder layer: what transformers' modules compute, bit for bit in 16-bit types.
 
-`Layer` is a short list of them. `ChainedStack` runs those between two attentions natively, where that can be.
+`Layer` is a short list of them. `ChainedStack` runs them natively, where that can be.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from llmquant.integrations.growing import append
+from llmquant.integrations.growing import Room, append, check_fits, room_of
 from llmquant.integrations.merge import Product
 from llmquant.kernels import ops
 from llmquant.kernels.cpu import chain
@@ -139,33 +139,56 @@ def can_chain(layers: list[Layer], final: Norm, x: Tensor) -> bool:
     )
 
 
-class ChainedStack:
-    """All layers as one chain of native operators between any two attentions, with buffers of its own."""
+def can_attend(layers: list[Layer], dtype: torch.dtype) -> bool:
+    """Whether attentions, too, can be steps of a chain with torch's bits."""
+    return all(chain.attention_like_torch(layer.head_dim, dtype) for layer in layers)
 
-    def __init__(self, layers: list[Layer], final: Norm, tokens: int, dtype: torch.dtype) -> None:
-        self.layers = layers
+
+class ChainedStack:
+    """All layers as chains of native operators, with buffers of their own.
+
+    Args:
+        layers: what `can_chain` accepts.
+        final: the norm behind the last layer.
+        tokens: sequences, with one token each.
+        whole: one chain of all layers with their attentions (see `can_attend`), for calls where every position is seen;
+            else a chain between any two attentions.
+    """
+
+    def __init__(self, layers: list[Layer], final: Norm, tokens: int, dtype: torch.dtype, whole: bool) -> None:
+        self.layers, self.whole = layers, whole
         self.lock = threading.Lock()
         head = layers[0].head_dim
         self.x = torch.empty(tokens, final.weight.shape[0], dtype=dtype)
         self.cos, self.sin = torch.empty(tokens, head, dtype=dtype), torch.empty(tokens, head, dtype=dtype)
         self.heads: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.attentions: list[chain.Attention] = []
         self.chains = [chain.Chain(tokens, dtype)]
         for layer in layers:
-            self._add_layer(layer, self.chains[-1], tokens, dtype)
+            qkv = self._before_attention(layer)
+            heads = (layer.q_heads, layer.k_heads, layer.k_heads)
+            split = qkv.view(tokens, -1, 1, layer.head_dim).split_with_sizes(heads, 1)
+            self.heads.append((split[0], split[1], split[2]))
+            seen = None
+            if whole:
+                self.attentions.append(self.chains[-1].attention(qkv, *heads[:2], layer.head_dim, layer.scale))
+                seen = self.attentions[-1].out
+            else:
+                self.chains.append(chain.Chain(tokens, dtype))
+            self._after_attention(layer, seen)
         self.chains[-1].norm(self.x, *final)
 
-    def _add_layer(self, layer: Layer, before: chain.Chain, tokens: int, dtype: torch.dtype) -> None:
-        qkv = before.linear(before.norm(self.x, *layer.input_norm), *layer.qkv[0])  # type: ignore[arg-type]
-        before.rope_(qkv, self.cos, self.sin, layer.q_heads + layer.k_heads)
-        split = qkv.view(tokens, -1, 1, layer.head_dim).split_with_sizes(
-            (layer.q_heads, layer.k_heads, layer.k_heads), 1
-        )
-        self.heads.append((split[0], split[1], split[2]))
-        after = chain.Chain(tokens, dtype)
-        after.add_(self.x, after.linear(None, *layer.out))  # type: ignore[arg-type]
-        gates = after.linear(after.norm(self.x, *layer.post_norm), *layer.gate_up[0])  # type: ignore[arg-type]
-        after.add_(self.x, after.linear(after.gate(gates), *layer.down))  # type: ignore[arg-type]
-        self.chains.append(after)
+    def _before_attention(self, layer: Layer) -> Tensor:
+        made = self.chains[-1]
+        qkv = made.linear(made.norm(self.x, *layer.input_norm), *layer.qkv[0])  # type: ignore[arg-type]
+        made.rope_(qkv, self.cos, self.sin, layer.q_heads + layer.k_heads)
+        return qkv
+
+    def _after_attention(self, layer: Layer, seen: Tensor | None) -> None:
+        made = self.chains[-1]
+        made.add_(self.x, made.linear(seen, *layer.out))  # type: ignore[arg-type]
+        gates = made.linear(made.norm(self.x, *layer.post_norm), *layer.gate_up[0])  # type: ignore[arg-type]
+        made.add_(self.x, made.linear(made.gate(gates), *layer.down))  # type: ignore[arg-type]
 
     def __call__(self, x: Tensor, at: Place, caches: list[DynamicLayer]) -> Tensor:
         """x [B, 1, hidden] -> the normed output, the same shape; appends to the caches. Holds the buffers meanwhile."""
@@ -173,10 +196,34 @@ class ChainedStack:
         self.x.copy_(x.squeeze(1))
         self.cos.copy_(at.cos.flatten(0, -2))
         self.sin.copy_(at.sin.flatten(0, -2))
+        if self.whole:
+            self._run_whole(out, caches)
+        else:
+            self._run_parts(out, at, caches)
+        return out
+
+    def _run_whole(self, out: Tensor, caches: list[DynamicLayer]) -> None:
+        rooms: list[Room] = []
+        for attention, (_, k, v), cache in zip(self.attentions, self.heads, caches, strict=True):
+            room = room_of(cache)
+            assert room is not None, "`sees_all` was asked"
+            check_fits("keys", k, room.keys)
+            check_fits("values", v, room.values)
+            attention.look_at(room.all_keys, room.all_values, room.length)
+            rooms.append(room)
+        self.chains[0].run(out=out)
+        for room, cache in zip(rooms, caches, strict=True):
+            room.grow(cache)
+
+    def _run_parts(self, out: Tensor, at: Place, caches: list[DynamicLayer]) -> None:
         self.chains[0].run()
         last = len(self.layers) - 1
         for i, (layer, (q, k, v), cache) in enumerate(zip(self.layers, self.heads, caches, strict=True)):
             keys, values = append(cache, k, v)
             seen = attend(q, keys, values, at.seen, layer.scale)
             self.chains[i + 1].run(seen, out if i == last else None)
-        return out
+
+
+def sees_all(at: Place, caches: list[DynamicLayer]) -> bool:
+    """Whether a call's tokens look at all positions of caches that can grow in place."""
+    return at.seen is None and all(room_of(cache) is not None for cache in caches)

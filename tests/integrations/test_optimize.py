@@ -57,6 +57,8 @@ CASES = {
     "llama-a8": Case("Llama", BF16, "a8-int4-g32", {}),
     "llama-a8-asym": Case("Llama", FP32, "a8-token-asym-int8", dict(attention_bias=True)),
     "qwen2-a8-fp16": Case("Qwen2", torch.float16, "a8-int4-g32-asym", {}),
+    "llama-heads": Case("Llama", BF16, "int4-g32", dict(head_dim=64)),
+    "llama-heads-fp16": Case("Llama", torch.float16, "int5-g32-asym", dict(head_dim=32)),
     "mistral-window": Case("Mistral", FP32, "int4-g32", dict(sliding_window=50)),
 }
 cases = pytest.mark.parametrize("case", CASES)
