@@ -171,6 +171,156 @@ def test_what_is_not_finite_comes_out_as_nan(bad: float, activation: Activation 
         assert_same_bits(found, linear(x, weight, None, activation))  # nothing of it stays
 
 
+# --- attention --------------------------------------------------------------------------------------------
+
+GROUPS = ((2, 2), (9, 3), (8, 1))
+LENGTHS = (*range(1, 10), 15, 16, 17, 31, 32, 33, 47, 65, 384, 385, 511, 512, 513, 515, 516, 530, 1025)
+
+
+def skip_if_torch_attends_otherwise(head: int, dtype: torch.dtype) -> None:
+    if not chain.attention_like_torch(head, dtype):
+        pytest.skip("this torch sums in another order, and nobody will ask for such a chain")
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """q [B, H, D], keys and values [B, H / groups, T, D] -> [B, H * D]."""
+    grouped = q.shape[1] != keys.shape[1]
+    return F.scaled_dot_product_attention(q[:, :, None], keys, values, scale=scale, enable_gqa=grouped).flatten(1)
+
+
+def check_attention(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
+    """The last key and value come with the query; behind them is room that nobody may read or write."""
+    (tokens, heads, head), (_, kv_heads, length, _) = q.shape, keys.shape
+    made = Chain(tokens, q.dtype)
+    found = made.attention(torch.cat([q, keys[:, :, -1], values[:, :, -1]], 1).flatten(1), heads, kv_heads, head, scale)
+    caches = [F.pad(x, (0, 0, 0, 3), value=torch.nan) for x in (keys, values)]
+    wanted_caches = [cache.clone() for cache in caches]
+    for cache in caches:
+        cache[:, :, length - 1] = torch.nan
+    found.look_at(caches[0], caches[1], length - 1)
+    made.run()
+    assert_same_bits(found.out, attend(q, keys, values, scale))
+    for cache, wanted in zip(caches, wanted_caches, strict=True):
+        assert_same_bits(cache, wanted)
+
+
+@pytest.mark.parametrize("head", [64, 128])
+@every_dtype
+@pytest.mark.usefixtures("threads")
+def test_attention_is_torchs(head: int, dtype: torch.dtype) -> None:
+    skip_if_torch_attends_otherwise(head, dtype)
+    for i, (length, (heads, kv_heads)) in enumerate(product(LENGTHS, GROUPS)):
+        tokens = 1 + i % 3
+        q, keys, values = (
+            wide(dtype, tokens, n, head) if i % 2 else torch.randn(tokens, n, head).to(dtype)
+            for n in (heads, kv_heads * length, kv_heads * length)
+        )
+        q = q * (0.01, 1, 30)[i // 2 % 3]  # from all alike to one that drowns the others
+        keys, values = (x.view(tokens, kv_heads, length, head) for x in (keys, values))
+        check_attention(q, keys, values, 0.1 if length % 2 else head**-0.5)
+
+
+@pytest.mark.parametrize("head", [32, 64, 96, 128, 256])
+@every_dtype
+def test_attention_is_torchs_where_rounding_errors_are_all_there_is(head: int, dtype: torch.dtype) -> None:
+    skip_if_torch_attends_otherwise(head, dtype)
+    generator = torch.Generator().manual_seed(5)
+    for length, (heads, kv_heads) in product(LENGTHS, GROUPS):
+        q, k, v = (x.to(dtype)[None] for x in chain._cancelling(length, heads, kv_heads, head, generator))
+        check_attention(q, k, v, head**-0.5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1e-39, 1e-6, 0.0])
+@every_dtype
+def test_attention_over_numbers_at_the_ends(bad: float, dtype: torch.dtype) -> None:
+    """One such number, or nothing but such numbers, in the queries, the keys or the values."""
+    skip_if_torch_attends_otherwise(64, dtype)
+    for length, which, all_of_it in product((1, 7, 16, 47, 513, 530), range(3), (False, True)):
+        given = [wide(dtype, 1, n, length if n == 2 else 1, 64) for n in (4, 2, 2)]
+        if all_of_it:
+            given[which].fill_(bad)
+        else:
+            given[which].view(-1)[-70] = bad
+        check_attention(given[0].squeeze(2), given[1], given[2], 0.125)
+
+
+@pytest.mark.skipif(cpu.BACKENDS["amx"].missing is not None, reason="not the processors on which it was measured")
+@every_dtype
+def test_attention_of_models_is_like_torchs(dtype: torch.dtype) -> None:
+    assert all(chain.attention_like_torch(head, dtype) for head in (64, 96, 128))
+
+
+def one_by_one(q: Tensor, k: Tensor, v: Tensor, scale: float, enable_gqa: bool) -> Tensor:
+    """Attention as good as torch's, in another order."""
+    assert enable_gqa
+    k, v = (x.float().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    weights = (q.float() @ k.mT).mul_(scale).softmax(-1).to(q.dtype)
+    return (weights.float().flip(-1) @ v.flip(-2)).to(q.dtype)
+
+
+@pytest.mark.skipif(chain.attention_refusal(torch.float16, 64) is not None, reason="no attention here")
+@every_dtype
+def test_another_order_is_noticed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(F, "scaled_dot_product_attention", one_by_one)
+    assert not chain.attention_like_torch.__wrapped__(64, dtype)
+    generator = torch.Generator().manual_seed(1)
+    noticed = [n for n in chain.LENGTHS if not chain._attends_like_torch(n, 64, dtype, generator)]
+    assert len(noticed) > 0.8 * len(chain.LENGTHS)
+
+
+@every_dtype
+@pytest.mark.usefixtures("threads")
+def test_attention_sees_what_earlier_steps_wrote_and_a_cache_that_moves(dtype: torch.dtype) -> None:
+    skip_if_torch_attends_otherwise(64, dtype)
+    tokens, heads, kv_heads, head = 2, 6, 2, 64
+    qkv, cos, sin = (torch.empty(tokens, n, dtype=dtype) for n in (10 * head, head, head))
+    out, made = weight_of("int8-row", heads * head), Chain(tokens, dtype)
+    made.rope_(qkv, cos, sin, heads + kv_heads)
+    attention = made.attention(qkv, heads, kv_heads, head, 0.125)
+    found = made.linear(attention.out, out, None, None)
+    keys, values = (torch.randn(tokens, kv_heads, 4, head).to(dtype) for _ in range(2))
+    caches = [F.pad(x, (0, 0, 0, 2)) for x in (keys, values)]
+    for length in range(4, 9):
+        if length == caches[0].shape[2]:
+            caches = [F.pad(x, (0, 0, 0, 2)) for x in caches]
+        for given in (qkv, cos, sin):
+            given.copy_(torch.randn(given.shape))
+        x = qkv.clone().view(tokens, -1, head)
+        turned, v = x.split_with_sizes((heads + kv_heads, kv_heads), 1)
+        turned = (turned * cos[:, None]).add_(turned.roll(head // 2, -1).mul_(sin[:, None]))
+        keys = torch.cat([keys, turned[:, heads:, None]], 2)
+        values = torch.cat([values, v[:, :, None]], 2)
+        attention.look_at(caches[0], caches[1], length)
+        made.run()
+        assert_same_bits(found, ops.linear(attend(turned[:, :heads], keys, values, 0.125), out))
+
+
+@pytest.mark.parametrize(("dtype", "head"), [(torch.float32, 64), (torch.float16, 48), (torch.float16, 288)])
+def test_attentions_that_are_refused(dtype: torch.dtype, head: int) -> None:
+    assert chain.attention_refusal(dtype, head) is not None
+    assert not chain.attention_like_torch(head, dtype)
+
+
+@pytest.mark.skipif(chain.attention_refusal(torch.float16, 64) is not None, reason="no attention here")
+def test_a_cache_that_native_code_would_misread_is_refused() -> None:
+    made = Chain(1, torch.float16)
+    attention = made.attention(wide(torch.float16, 1, 8 * 64), 4, 2, 64, 0.125)
+    good = wide(torch.float16, 1, 2, 5, 64)
+    for keys, values, length in (
+        (good.bfloat16(), good, 4),
+        (good, good.mT.contiguous().mT, 4),
+        (good, good[:, :, :4].contiguous(), 3),
+        (good[:, :1].contiguous(), good[:, :1].contiguous(), 4),
+        (good, good.clone(), 5),
+        (good, good.clone(), -1),
+    ):
+        with pytest.raises(AssertionError):
+            attention.look_at(keys, values, length)
+    attention.look_at(good, good.clone(), 4)
+    with pytest.raises(AssertionError, match="has run"):
+        made.add_(attention.out, attention.out)
+
+
 # --- several in a row -------------------------------------------------------------------------------------
 
 

@@ -16,12 +16,21 @@ namespace {
 constexpr int64_t KEY_BLOCK = 512;  // keys that share a softmax, the next block corrects it
 constexpr int64_t WIDEST_HEAD = 256;
 
-// A query [width] and the keys and values [count, width] of its head, all of one half type; width is a multiple of 32.
-struct Query {
+// Queries [heads, width] and the keys and values [count, width] that they share, all of one half type; at most `TOGETHER`
+// heads, and a width that is a multiple of 32.
+struct Queries {
     const uint16_t *q, *keys, *values;
-    int64_t count, width;
+    int64_t heads, count, width;
     float scale;
     int32_t type;
+};
+
+constexpr int64_t TOGETHER = 4;  // heads for which keys and values are read once
+
+struct Scores {
+    float scores[TOGETHER][KEY_BLOCK];
+    uint16_t weights[TOGETHER][KEY_BLOCK];
+    float out[TOGETHER][WIDEST_HEAD];
 };
 
 INLINE float sum_of_lanes(__m512 v) {
@@ -58,47 +67,65 @@ INLINE __m512 add_quarters(__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
 }
 
-BFLOAT_TARGET void bfloat_scores(const Query& of, int64_t first, int64_t count, float* out) {
-    for (int64_t row = 0; row < count; row += 16) {
-        __m512 rows[16], sums[8];
-        for (int i = 0; i < 16; ++i) {
-            const int64_t key = first + (row + i < count ? row + i : count - 1);
-            rows[i] = products_of_row(of.keys + key * of.width, of.q, of.width);
+BFLOAT_TARGET void bfloat_scores(const Queries& of, int64_t first, int64_t count, Scores& to) {
+    for (int64_t row = 0; row < count; row += 16)
+        for (int64_t head = 0; head < of.heads; ++head) {
+            __m512 rows[16], sums[8];
+            for (int i = 0; i < 16; ++i) {
+                const int64_t key = first + (row + i < count ? row + i : count - 1);
+                rows[i] = products_of_row(of.keys + key * of.width, of.q + head * of.width, of.width);
+            }
+            for (int i = 0; i < 8; ++i) sums[i] = add_halves(rows[i + i / 4 * 4], rows[i + i / 4 * 4 + 4]);
+            for (int i = 0; i < 4; ++i) sums[i] = add_neighbours(sums[2 * i], sums[2 * i + 1]);
+            for (int i = 0; i < 2; ++i) sums[i] = add_neighbours(sums[2 * i], sums[2 * i + 1]);
+            _mm512_mask_storeu_ps(to.scores[head] + row, first_lanes(count - row), add_quarters(sums[0], sums[1]));
         }
-        for (int i = 0; i < 8; ++i) sums[i] = add_halves(rows[i + i / 4 * 4], rows[i + i / 4 * 4 + 4]);
-        for (int i = 0; i < 4; ++i) sums[i] = add_neighbours(sums[2 * i], sums[2 * i + 1]);
-        for (int i = 0; i < 2; ++i) sums[i] = add_neighbours(sums[2 * i], sums[2 * i + 1]);
-        _mm512_mask_storeu_ps(out + row, first_lanes(count - row), add_quarters(sums[0], sums[1]));
+}
+
+// Up to eight rows of 32 values times the weights from `start` on: a sum of their own that joins `sums`, or begins them.
+// Two rows are interleaved in every quarter of a vector, so sums are kept in that order: `sums` are the even and the odd
+// quads of columns.
+BFLOAT_INLINE void add_eight_rows(const Queries& of, const uint16_t* from, int64_t rows, const Scores& with,
+                                  int64_t start, bool begin, __m512 (*sums)[2]) {
+    __m512i even[4], odd[4];
+    for (int i = 0; 2 * i < rows; ++i) {
+        const __m512i a = _mm512_loadu_si512(from + 2 * i * of.width);
+        const bool pair = 2 * i + 1 < rows;
+        const __m512i b = pair ? _mm512_loadu_si512(from + (2 * i + 1) * of.width) : _mm512_setzero_si512();
+        even[i] = _mm512_unpacklo_epi16(a, b), odd[i] = _mm512_unpackhi_epi16(a, b);
+    }
+    for (int64_t head = 0; head < of.heads; ++head) {
+        __m512 part[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (int i = 0; 2 * i < rows; ++i) {
+            int32_t two;
+            std::memcpy(&two, with.weights[head] + start + 2 * i, 4);
+            part[0] = add_pairs(part[0], even[i], _mm512_set1_epi32(two));
+            part[1] = add_pairs(part[1], odd[i], _mm512_set1_epi32(two));
+        }
+        for (int i = 0; i < 2; ++i) sums[head][i] = begin ? part[i] : _mm512_add_ps(sums[head][i], part[i]);
     }
 }
 
-// out [width] (+)= weights [count] @ values [count, width]: the sums of eight rows at a time.
-BFLOAT_TARGET void bfloat_values(const Query& of, int64_t first, int64_t count, const uint16_t* weights, float* out) {
+// out [heads, width] (+)= weights [heads, count] @ values [count, width]: the sums of eight rows at a time.
+BFLOAT_TARGET void bfloat_values(const Queries& of, int64_t first, int64_t count, Scores& with) {
+    __m512 sums[TOGETHER][2];
+    for (int64_t head = 0; count % 2 && head < of.heads; ++head) with.weights[head][count] = 0;
     for (int64_t k = 0; k < of.width; k += 32) {
-        // Two rows are interleaved in every quarter of a vector, so sums are kept in that order.
-        __m512 low = _mm512_setzero_ps(), high = low;
-        if (first) {
-            const __m512 a = _mm512_loadu_ps(out + k), b = _mm512_loadu_ps(out + k + 16);
-            low = _mm512_shuffle_f32x4(a, b, 0x88), high = _mm512_shuffle_f32x4(a, b, 0xdd);
+        for (int64_t head = 0; first && head < of.heads; ++head) {
+            const __m512 a = _mm512_loadu_ps(with.out[head] + k), b = _mm512_loadu_ps(with.out[head] + k + 16);
+            sums[head][0] = _mm512_shuffle_f32x4(a, b, 0x88), sums[head][1] = _mm512_shuffle_f32x4(a, b, 0xdd);
         }
-        for (int64_t start = 0; start < count; start += 8) {
-            __m512 low_part = _mm512_setzero_ps(), high_part = low_part;
-            for (int64_t row = start; row < start + 8 && row < count; row += 2) {
-                const bool pair = row + 1 < count;
-                const uint16_t* from = of.values + (first + row) * of.width + k;
-                const __m512i a = _mm512_loadu_si512(from);
-                const __m512i b = pair ? _mm512_loadu_si512(from + of.width) : _mm512_setzero_si512();
-                const __m512i two = _mm512_set1_epi32(weights[row] | (pair ? weights[row + 1] : 0) << 16);
-                low_part = add_pairs(low_part, _mm512_unpacklo_epi16(a, b), two);
-                high_part = add_pairs(high_part, _mm512_unpackhi_epi16(a, b), two);
-            }
-            const bool only = first + start == 0;
-            low = only ? low_part : _mm512_add_ps(low, low_part);
-            high = only ? high_part : _mm512_add_ps(high, high_part);
+        const uint16_t* from = of.values + first * of.width + k;
+        int64_t row = 0;
+        for (; row + 8 <= count; row += 8)
+            add_eight_rows(of, from + row * of.width, 8, with, row, first + row == 0, sums);
+        if (row < count) add_eight_rows(of, from + row * of.width, count - row, with, row, first + row == 0, sums);
+        for (int64_t head = 0; head < of.heads; ++head) {
+            const __m512 a = _mm512_shuffle_f32x4(sums[head][0], sums[head][1], 0x44);
+            const __m512 b = _mm512_shuffle_f32x4(sums[head][0], sums[head][1], 0xee);
+            _mm512_storeu_ps(with.out[head] + k, _mm512_shuffle_f32x4(a, a, 0xd8));
+            _mm512_storeu_ps(with.out[head] + k + 16, _mm512_shuffle_f32x4(b, b, 0xd8));
         }
-        const __m512 a = _mm512_shuffle_f32x4(low, high, 0x44), b = _mm512_shuffle_f32x4(low, high, 0xee);
-        _mm512_storeu_ps(out + k, _mm512_shuffle_f32x4(a, a, 0xd8));
-        _mm512_storeu_ps(out + k + 16, _mm512_shuffle_f32x4(b, b, 0xd8));
     }
 }
 
@@ -117,66 +144,71 @@ INLINE float half_score(const uint16_t* key, const uint16_t* q, int64_t width) {
 INLINE __m512 low_halves(__m512i pairs) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs)); }
 
 // Sixteen rows side by side, each in the order of its columns; a product of fewer than four rows takes another way.
-TARGET void half_scores(const Query& of, int64_t first, int64_t count, float* out) {
-    const uint16_t* keys = of.keys + first * of.width;
+TARGET void half_scores(const uint16_t* q, const uint16_t* keys, int64_t count, int64_t width, float* out) {
     if (count < 4) {
-        for (int64_t row = 0; row < count; ++row) out[row] = half_score(keys + row * of.width, of.q, of.width);
+        for (int64_t row = 0; row < count; ++row) out[row] = half_score(keys + row * width, q, width);
         return;
     }
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(of.width)));
+    const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(width)));
     for (int64_t row = 0; row < count; row += 16) {
         const __mmask16 present = first_lanes(count - row);
         __m512 sum = _mm512_setzero_ps();
-        for (int64_t k = 0; k < of.width; k += 2) {
+        for (int64_t k = 0; k < width; k += 2) {
             const __m512i pairs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), present, places,
-                                                              keys + row * of.width + k, 2);
-            sum = _mm512_fmadd_ps(low_halves(pairs), _mm512_set1_ps(half_to_float(of.q[k])), sum);
+                                                              keys + row * width + k, 2);
+            sum = _mm512_fmadd_ps(low_halves(pairs), _mm512_set1_ps(half_to_float(q[k])), sum);
             const __m512 next = low_halves(_mm512_srli_epi32(pairs, 16));
-            sum = _mm512_fmadd_ps(next, _mm512_set1_ps(half_to_float(of.q[k + 1])), sum);
+            sum = _mm512_fmadd_ps(next, _mm512_set1_ps(half_to_float(q[k + 1])), sum);
         }
         _mm512_mask_storeu_ps(out + row, present, sum);
     }
 }
 
-// Rows `first` to `last` - 1 of the values, which are a sum of their own.
-TARGET void half_part(const Query& of, int64_t first, int64_t last, const uint16_t* weights, float* out) {
-    for (int64_t k = 0; k < of.width; k += 32) {
+// out (+)= weights @ values [count, width], a sum of its own that begins or joins what is there.
+TARGET void half_part(const uint16_t* values, int64_t count, int64_t width, const uint16_t* weights, bool begin,
+                      float* out) {
+    for (int64_t k = 0; k < width; k += 32) {
         __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-        for (int64_t row = first; row < last; ++row) {
-            const __m512 weight = _mm512_set1_ps(half_to_float(weights[row - first]));
+        for (int64_t row = 0; row < count; ++row) {
+            const __m512 weight = _mm512_set1_ps(half_to_float(weights[row]));
             for (int i = 0; i < 2; ++i) {
-                const __m512 value = load_floats(of.values, row * of.width + k + 16 * i, FLOAT_F16, 0xffff);
+                const __m512 value = load_floats(values, row * width + k + 16 * i, FLOAT_F16, 0xffff);
                 sums[i] = _mm512_fmadd_ps(value, weight, sums[i]);
             }
         }
         for (int i = 0; i < 2; ++i) {
             float* to = out + k + 16 * i;
-            _mm512_storeu_ps(to, first ? _mm512_add_ps(_mm512_loadu_ps(to), sums[i]) : sums[i]);
+            _mm512_storeu_ps(to, begin ? sums[i] : _mm512_add_ps(_mm512_loadu_ps(to), sums[i]));
         }
     }
 }
 
 // More than 384 rows are two sums.
-void half_values(const Query& of, int64_t first, int64_t count, const uint16_t* weights, float* out) {
-    const int64_t half = count > 384 ? (count + 1) / 2 : count;
-    half_part(of, first, first + half, weights, out);
-    if (half < count) half_part(of, first + half, first + count, weights + half, out);
+void half_values(const uint16_t* values, int64_t count, int64_t width, const uint16_t* weights, bool begin, float* out) {
+    const int64_t part = count > 384 ? (count + 1) / 2 : count;
+    half_part(values, part, width, weights, begin, out);
+    if (part < count) half_part(values + part * width, count - part, width, weights + part, false, out);
 }
 
 // --- the softmax ---------------------------------------------------------------------------------------
 
-// scores *= scale; the greatest, or NaN where a full vector has one (the rest is left to the exponentials).
+// scores *= scale; the greatest. As in ATen, a NaN makes it NaN in a full vector and is passed over behind the last one,
+// where it meets the exponentials.
 INLINE float scale_scores(float* scores, int64_t count, float scale) {
-    float most = -INFINITY;
+    __m512 best = _mm512_set1_ps(-INFINITY);
     __mmask16 nan = 0;
-    for (int64_t i = 0; i < count; i += 16) {
-        const __mmask16 present = first_lanes(count - i);
-        const __m512 scaled = times(_mm512_maskz_loadu_ps(present, scores + i), _mm512_set1_ps(scale));
-        _mm512_mask_storeu_ps(scores + i, present, scaled);
-        const float best = _mm512_mask_reduce_max_ps(present, scaled);
-        most = best > most ? best : most;
-        if (present == 0xffff) nan |= _mm512_cmp_ps_mask(scaled, scaled, _CMP_UNORD_Q);
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        const __m512 scaled = times(_mm512_loadu_ps(scores + i), _mm512_set1_ps(scale));
+        _mm512_storeu_ps(scores + i, scaled);
+        best = _mm512_max_ps(best, scaled);
+        nan |= _mm512_cmp_ps_mask(scaled, scaled, _CMP_UNORD_Q);
+    }
+    float most = _mm512_reduce_max_ps(best);
+    for (; i < count; ++i) {
+        scores[i] *= scale;
+        most = scores[i] > most ? scores[i] : most;
     }
     return nan ? NAN : most;
 }
@@ -215,29 +247,54 @@ INLINE float exponentials(const float* scores, int64_t count, float most, int32_
 
 // --- all of it -----------------------------------------------------------------------------------------
 
-TARGET void attend(const Query& of, uint16_t* out) {
-    const bool half = of.type == FLOAT_F16;
-    alignas(64) float scores[KEY_BLOCK], sums[WIDEST_HEAD];
-    alignas(64) uint16_t weights[KEY_BLOCK];
+void score(const Queries& of, int64_t first, int64_t count, Scores& to) {
+    if (of.type != FLOAT_F16) return bfloat_scores(of, first, count, to);
+    for (int64_t head = 0; head < of.heads; ++head)
+        half_scores(of.q + head * of.width, of.keys + first * of.width, count, of.width, to.scores[head]);
+}
+
+void add_values(const Queries& of, int64_t first, int64_t count, Scores& with) {
+    if (of.type != FLOAT_F16) return bfloat_values(of, first, count, with);
+    for (int64_t head = 0; head < of.heads; ++head)
+        half_values(of.values + first * of.width, count, of.width, with.weights[head], first == 0, with.out[head]);
+}
+
+// The greatest score so far and the sum of exponentials under it.
+struct Softmax {
     float most = -INFINITY, total = 0;
+};
+
+// scores -> weights; what was summed before shrinks to the new greatest score.
+TARGET void soften(const Queries& of, int64_t head, int64_t count, Scores& with, Softmax& so_far) {
+    float* scores = with.scores[head];
+    const float found = scale_scores(scores, count, of.scale), most = so_far.most > found ? so_far.most : found;
+    if (most == -INFINITY) {
+        std::memset(with.weights[head], 0, sizeof with.weights[head]);
+        return;
+    }
+    const float part = exponentials(scores, count, most, of.type, with.weights[head]);
+    const float kept = std::exp(so_far.most - most);
+    so_far = {most, std::fma(kept, so_far.total, part)};
+    for (int64_t k = 0; k < of.width; k += 16)
+        _mm512_storeu_ps(with.out[head] + k, times(_mm512_loadu_ps(with.out[head] + k), _mm512_set1_ps(kept)));
+}
+
+// -> out [heads, width].
+TARGET void attend(const Queries& of, uint16_t* out) {
+    alignas(64) Scores with;
+    Softmax softmax[TOGETHER];
+    std::memset(with.out, 0, sizeof with.out);
     for (int64_t first = 0; first < of.count; first += KEY_BLOCK) {
         const int64_t count = of.count - first < KEY_BLOCK ? of.count - first : KEY_BLOCK;
-        (half ? half_scores : bfloat_scores)(of, first, count, scores);
-        const float found = scale_scores(scores, count, of.scale), top = most > found ? most : found;
-        if (top == -INFINITY) {
-            std::memset(weights, 0, sizeof weights);
-        } else {
-            const float part = exponentials(scores, count, top, of.type, weights), kept = std::exp(most - top);
-            total = std::fma(kept, total, part);
-            most = top;
-            for (int64_t k = 0; first && k < of.width; k += 16)
-                _mm512_storeu_ps(sums + k, times(_mm512_loadu_ps(sums + k), _mm512_set1_ps(kept)));
-        }
-        (half ? half_values : bfloat_values)(of, first, count, weights, sums);
+        score(of, first, count, with);
+        for (int64_t head = 0; head < of.heads; ++head) soften(of, head, count, with, softmax[head]);
+        add_values(of, first, count, with);
     }
-    const __m512 inverse = _mm512_set1_ps(1 / (total == 0 ? 1 : total));
-    for (int64_t k = 0; k < of.width; k += 16)
-        store_floats(out, k, of.type, 0xffff, times(_mm512_loadu_ps(sums + k), inverse));
+    for (int64_t head = 0; head < of.heads; ++head) {
+        const __m512 inverse = _mm512_set1_ps(1 / (softmax[head].total == 0 ? 1 : softmax[head].total));
+        for (int64_t k = 0; k < of.width; k += 16)
+            store_floats(out, head * of.width + k, of.type, 0xffff, times(_mm512_loadu_ps(with.out[head] + k), inverse));
+    }
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // run in one parallel region: threads meet at barriers, and nothing returns to Python.
 #include "chain.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "kernels.h"
@@ -123,12 +124,26 @@ void append(const Step& s, int64_t head) {
     std::memcpy(static_cast<uint16_t*>(s.values) + at, key + s.kv_heads * s.head, bytes);
 }
 
-void attend(const Step& s, int64_t token, int64_t head, int32_t type) {
-    const int64_t cache = (token * s.kv_heads + head / (s.heads / s.kv_heads)) * s.room * s.head;
+// Piece `i` of every token's attention: up to `together` heads that share keys and values.
+void attend(const Step& s, int64_t i, int64_t together, int32_t type) {
+    const int64_t group = s.heads / s.kv_heads, pieces = (group + together - 1) / together;
+    const int64_t kv_head = i / pieces, in_group = i % pieces * together;  // kv_head counts through all tokens
+    const int64_t token = kv_head / s.kv_heads, head = kv_head % s.kv_heads * group + in_group;
     const uint16_t* q = static_cast<const uint16_t*>(s.x) + token * s.width + head * s.head;
+    const int64_t cache = kv_head * s.room * s.head, heads = std::min(together, group - in_group);
     const uint16_t *keys = static_cast<uint16_t*>(s.keys) + cache, *values = static_cast<uint16_t*>(s.values) + cache;
-    attend({q, keys, values, s.length + 1, s.head, s.scale, type},
+    attend({q, keys, values, heads, s.length + 1, s.head, s.scale, type},
            static_cast<uint16_t*>(s.out) + (token * s.heads + head) * s.head);
+}
+
+void attention(const Step& s, int64_t tokens, int32_t type) {
+    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+    for (int64_t i = me; i < tokens * s.kv_heads; i += threads) append(s, i);
+#pragma omp barrier
+    const int64_t group = s.heads / s.kv_heads, share = (tokens * s.heads + threads - 1) / threads;
+    const int64_t together = std::min({TOGETHER, group, share});
+    const int64_t pieces = tokens * s.kv_heads * ((group + together - 1) / together);
+    for (int64_t i = me; i < pieces; i += threads) attend(s, i, together, type);
 }
 
 TARGET void run(const Step& s, int64_t tokens, int32_t type) {
@@ -144,11 +159,8 @@ TARGET void run(const Step& s, int64_t tokens, int32_t type) {
         for (int64_t t = me; t < tokens; t += threads) norm(s, t, type);
     else if (s.kind == ROPE)
         for (int64_t i = me; i < tokens * s.heads; i += threads) rope(s, i / s.heads, i % s.heads, type);
-    else {
-        for (int64_t i = me; i < tokens * s.kv_heads; i += threads) append(s, i);
-#pragma omp barrier
-        for (int64_t i = me; i < tokens * s.heads; i += threads) attend(s, i / s.heads, i % s.heads, type);
-    }
+    else
+        attention(s, tokens, type);
 }
 
 }  // namespace
