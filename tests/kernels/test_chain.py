@@ -198,10 +198,13 @@ def check_attention(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> No
     for cache in caches:
         cache[:, :, length - 1] = torch.nan
     found.look_at(caches[0], caches[1], length - 1)
+    logsumexp = found.logsumexp()
     made.run()
     assert_same_bits(found.out, attend(q, keys, values, scale))
-    for cache, wanted in zip(caches, wanted_caches, strict=True):
-        assert_same_bits(cache, wanted)
+    wanted = chain._logsumexp(q, keys, values, scale)
+    torch.testing.assert_close(logsumexp, wanted, rtol=0, atol=0, equal_nan=True)
+    for cache, wanted_cache in zip(caches, wanted_caches, strict=True):
+        assert_same_bits(cache, wanted_cache)
 
 
 @pytest.mark.parametrize("head", [64, 128])

@@ -279,8 +279,8 @@ TARGET void soften(const Queries& of, int64_t head, int64_t count, Scores& with,
         _mm512_storeu_ps(with.out[head] + k, times(_mm512_loadu_ps(with.out[head] + k), _mm512_set1_ps(kept)));
 }
 
-// -> out [heads, width].
-TARGET void attend(const Queries& of, uint16_t* out) {
+// -> out [heads, width] and, where asked for, the logarithms of the sums of exponentials, [heads].
+TARGET void attend(const Queries& of, uint16_t* out, float* logsumexp) {
     alignas(64) Scores with;
     Softmax softmax[TOGETHER];
     std::memset(with.out, 0, sizeof with.out);
@@ -291,7 +291,10 @@ TARGET void attend(const Queries& of, uint16_t* out) {
         add_values(of, first, count, with);
     }
     for (int64_t head = 0; head < of.heads; ++head) {
-        const __m512 inverse = _mm512_set1_ps(1 / (softmax[head].total == 0 ? 1 : softmax[head].total));
+        const float most = softmax[head].most == -INFINITY ? 0 : softmax[head].most;
+        const float total = softmax[head].total == 0 ? 1 : softmax[head].total;
+        if (logsumexp) logsumexp[head] = most + std::log(total);
+        const __m512 inverse = _mm512_set1_ps(1 / total);
         for (int64_t k = 0; k < of.width; k += 16)
             store_floats(out, head * of.width + k, of.type, 0xffff, times(_mm512_loadu_ps(with.out[head] + k), inverse));
     }
