@@ -174,7 +174,7 @@ def test_what_is_not_finite_comes_out_as_nan(bad: float, activation: Activation 
 # --- attention --------------------------------------------------------------------------------------------
 
 GROUPS = ((2, 2), (9, 3), (8, 1))
-LENGTHS = (*range(1, 10), 15, 16, 17, 31, 32, 33, 47, 65, 384, 385, 511, 512, 513, 515, 516, 530, 1025)
+LENGTHS = (*range(1, 10), 15, 16, 17, 31, 32, 33, 47, 50, 65, 111, 384, 385, 511, 512, 513, 515, 516, 530, 1025)
 
 
 def skip_if_torch_attends_otherwise(head: int, dtype: torch.dtype) -> None:
