@@ -48,6 +48,7 @@ class _Step(ctypes.Structure):
         ("values", c_void_p),
         ("length", c_int64),
         ("room", c_int64),
+        ("logsumexp", c_void_p),
     )
 
 
@@ -128,7 +129,9 @@ class Chain:
         assert qkv.shape == (self.tokens, (heads + 2 * kv_heads) * head)
         out = torch.empty(self.tokens, heads * head, dtype=self.dtype)
         self._add(5, x=qkv, out=out, width=qkv.shape[-1], heads=heads, head=head, scale=scale, kv_heads=kv_heads)
-        return Attention(out, self, len(self._steps) - 1)
+        made = Attention(out, self, len(self._steps) - 1)
+        self._kept.append(made)
+        return made
 
     def _add(self, kind: int, **values: object) -> None:
         assert self._made is None, "the chain has run"
@@ -169,6 +172,14 @@ class Attention:
     chain: Chain
     index: int
     cache: tuple[Tensor, Tensor] | None = None
+    sums: Tensor | None = None
+
+    def logsumexp(self) -> Tensor:
+        """Where runs from now on put the logarithms of the sums of exponentials: float32 [tokens, heads]."""
+        step = self.chain.steps()[self.index]
+        self.sums = torch.empty(self.chain.tokens, step.heads)
+        step.logsumexp = self.sums.data_ptr()
+        return self.sums
 
     def look_at(self, keys: Tensor, values: Tensor, length: int) -> None:
         """Where the next run finds the cache: both [tokens, kv_heads, room, head], `length` < room places written.
@@ -226,9 +237,18 @@ def _attends_like_torch(length: int, head: int, dtype: torch.dtype, generator: t
     attention = made.attention(torch.cat([q, k[:, -1], v[:, -1]]).view(1, -1), 4, 2, head, head**-0.5)
     keys, values = k[None].clone(), v[None].clone()
     attention.look_at(keys, values, length - 1)
+    logsumexp = attention.logsumexp()
     made.run()
     wanted = F.scaled_dot_product_attention(q[None, :, None], k[None], v[None], scale=head**-0.5, enable_gqa=True)
-    return torch.equal(attention.out, wanted.view(1, -1))
+    same_sums = torch.equal(logsumexp, _logsumexp(q[None], k[None], v[None], head**-0.5))
+    return same_sums and torch.equal(attention.out, wanted.view(1, -1))
+
+
+def _logsumexp(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """What torch's kernel says of its softmax: q [B, H, D], k and v [B, H / groups, T, D] -> float32 [B, H]."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(q[:, :, None], k, v, scale=scale)[1].view(q.shape[:2])
 
 
 def _cancelling(
@@ -236,7 +256,8 @@ def _cancelling(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q [heads, head], k and v [kv_heads, length, head] of large numbers whose sums are small: mostly rounding errors.
 
-    The first query is 0, so that all values weigh the same and cancel, too; the others have a part that does not.
+    The first query is 0, so that all values weigh the same and cancel, too; the second is small, so that all values
+    count; the others have a part that does not cancel.
     """
 
     def wide(*shape: int) -> Tensor:
@@ -247,5 +268,5 @@ def _cancelling(
     for x in (q, k):
         x[..., :4] = torch.randn(x[..., :4].shape, generator=generator)
     k[..., -4:] = 0
-    q[0] = 0
+    q[0], q[1] = 0, q[1] / 1000
     return q, k, v

@@ -16,8 +16,8 @@ namespace {
 constexpr int64_t KEY_BLOCK = 512;  // keys that share a softmax, the next block corrects it
 constexpr int64_t WIDEST_HEAD = 256;
 
-// Queries [heads, width] and the keys and values [count, width] that they share, all of one half type; at most `TOGETHER`
-// heads, and a width that is a multiple of 32.
+// Queries [heads, width] and the keys and values [count, width] that they share, all of one half type; at most
+// `TOGETHER` heads, and a width that is a multiple of 32.
 struct Queries {
     const uint16_t *q, *keys, *values;
     int64_t heads, count, width;
@@ -82,9 +82,9 @@ BFLOAT_TARGET void bfloat_scores(const Queries& of, int64_t first, int64_t count
         }
 }
 
-// Up to eight rows of 32 values times the weights from `start` on: a sum of their own that joins `sums`, or begins them.
-// Two rows are interleaved in every quarter of a vector, so sums are kept in that order: `sums` are the even and the odd
-// quads of columns.
+// Up to eight rows of 32 values times the weights from `start` on: a sum of their own that joins `sums` or begins them.
+// Two rows are interleaved in every quarter of a vector, so sums are kept in that order: `sums` are the even and the
+// odd quads of columns.
 BFLOAT_INLINE void add_eight_rows(const Queries& of, const uint16_t* from, int64_t rows, const Scores& with,
                                   int64_t start, bool begin, __m512 (*sums)[2]) {
     __m512i even[4], odd[4];
@@ -185,7 +185,8 @@ TARGET void half_part(const uint16_t* values, int64_t count, int64_t width, cons
 }
 
 // More than 384 rows are two sums.
-void half_values(const uint16_t* values, int64_t count, int64_t width, const uint16_t* weights, bool begin, float* out) {
+void half_values(const uint16_t* values, int64_t count, int64_t width, const uint16_t* weights, bool begin,
+                 float* out) {
     const int64_t part = count > 384 ? (count + 1) / 2 : count;
     half_part(values, part, width, weights, begin, out);
     if (part < count) half_part(values + part * width, count - part, width, weights + part, false, out);
@@ -193,8 +194,8 @@ void half_values(const uint16_t* values, int64_t count, int64_t width, const uin
 
 // --- the softmax ---------------------------------------------------------------------------------------
 
-// scores *= scale; the greatest. As in ATen, a NaN makes it NaN in a full vector and is passed over behind the last one,
-// where it meets the exponentials.
+// scores *= scale; the greatest. As in ATen, a NaN makes it NaN in a full vector and is passed over behind the last
+// one, where it meets the exponentials.
 INLINE float scale_scores(float* scores, int64_t count, float scale) {
     __m512 best = _mm512_set1_ps(-INFINITY);
     __mmask16 nan = 0;
@@ -226,7 +227,8 @@ INLINE __m512 fast_exp(__m512 x) {
     return _mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_cvttps_epi32(bits), zero, _mm512_setzero_si512()));
 }
 
-// weights = exp(scores - most), rounded; their sum before that. ATen takes two vectors at a time, then one, then numbers.
+// weights = exp(scores - most), rounded; their sum before that. ATen takes two vectors at a time, then one, then single
+// numbers, whose exponentials are those of double.
 INLINE float exponentials(const float* scores, int64_t count, float most, int32_t type, uint16_t* weights) {
     __m512 sums[3] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
     int64_t i = 0;
@@ -279,8 +281,8 @@ TARGET void soften(const Queries& of, int64_t head, int64_t count, Scores& with,
         _mm512_storeu_ps(with.out[head] + k, times(_mm512_loadu_ps(with.out[head] + k), _mm512_set1_ps(kept)));
 }
 
-// -> out [heads, width].
-TARGET void attend(const Queries& of, uint16_t* out) {
+// -> out [heads, width] and, where asked for, the logarithms of the sums of exponentials, [heads].
+TARGET void attend(const Queries& of, uint16_t* out, float* logsumexp) {
     alignas(64) Scores with;
     Softmax softmax[TOGETHER];
     std::memset(with.out, 0, sizeof with.out);
@@ -291,9 +293,13 @@ TARGET void attend(const Queries& of, uint16_t* out) {
         add_values(of, first, count, with);
     }
     for (int64_t head = 0; head < of.heads; ++head) {
-        const __m512 inverse = _mm512_set1_ps(1 / (softmax[head].total == 0 ? 1 : softmax[head].total));
+        const float most = softmax[head].most == -INFINITY ? 0 : softmax[head].most;
+        const float total = softmax[head].total == 0 ? 1 : softmax[head].total;
+        if (logsumexp) logsumexp[head] = most + std::log(total);
+        const __m512 inverse = _mm512_set1_ps(1 / total);
         for (int64_t k = 0; k < of.width; k += 16)
-            store_floats(out, head * of.width + k, of.type, 0xffff, times(_mm512_loadu_ps(with.out[head] + k), inverse));
+            store_floats(out, head * of.width + k, of.type, 0xffff,
+                         times(_mm512_loadu_ps(with.out[head] + k), inverse));
     }
 }
 

@@ -131,9 +131,10 @@ void attend(const Step& s, int64_t i, int64_t together, int32_t type) {
     const int64_t token = kv_head / s.kv_heads, head = kv_head % s.kv_heads * group + in_group;
     const uint16_t* q = static_cast<const uint16_t*>(s.x) + token * s.width + head * s.head;
     const int64_t cache = kv_head * s.room * s.head, heads = std::min(together, group - in_group);
+    const int64_t at = token * s.heads + head;
     const uint16_t *keys = static_cast<uint16_t*>(s.keys) + cache, *values = static_cast<uint16_t*>(s.values) + cache;
     attend({q, keys, values, heads, s.length + 1, s.head, s.scale, type},
-           static_cast<uint16_t*>(s.out) + (token * s.heads + head) * s.head);
+           static_cast<uint16_t*>(s.out) + at * s.head, s.logsumexp ? s.logsumexp + at : nullptr);
 }
 
 void attention(const Step& s, int64_t tokens, int32_t type) {
