@@ -36,7 +36,7 @@ class Traits(NamedTuple):
 
 _FEW = {torch.float32: 8, torch.float16: 8, torch.bfloat16: 8}
 TRAITS: dict[str, Traits] = {
-    "amx": Traits("AMX (bfloat16 and int8 tiles)", 4, {torch.float32: 8, torch.float16: 8}),
+    "amx": Traits("AMX (bfloat16 and int8 tiles)", 4, {}),
     "avx512_vnni": Traits("AVX-512 with VNNI and VBMI", 4, _FEW),
     "avx512": Traits("AVX-512 F, BW, VL and DQ", None, _FEW),
     "avx2": Traits("AVX2 and FMA", None, _FEW),
