@@ -87,7 +87,8 @@ class Native:
         """x [..., K] -> x @ weight.T + bias, [..., N] in x's dtype.
 
         float32 and float16 inputs meet the weights that the reference decodes, and so do few bfloat16 ones; many meet
-        weights rounded to bfloat16.
+        weights rounded to bfloat16. Tiles take many float32 and float16 inputs and weights as sums of two or three
+        bfloat16 parts, which lose less than the output's rounding.
         """
         count = x.numel() // max(weight.columns, 1)
         most = self.traits.most_inputs.get(x.dtype)

@@ -27,11 +27,12 @@ void int8_tile_linear(const Matrix& w, const Inputs& in);
 namespace {
 
 constexpr int64_t WIDTH = 32;                            // columns of a tile
-constexpr int64_t PANEL = 256, DEPTH = 512;              // rows and columns that are decoded at a time
+constexpr int64_t PANEL = 256, DEPTH = 512;              // rows and columns that are decoded at a time ...
+constexpr int64_t DEPTH_OF_PARTS = 128;                  // ... and columns where inputs have several parts
 constexpr int64_t MOST_PACKED = 16 << 20;                // bytes of inputs that are packed at a time
 constexpr float TINY = 0x1p-64f;                         // tokens with no larger input have no room for parts
-// Inputs from which tiles are faster than vectors: floats; int8 codes; int8 codes that become bfloat16.
-constexpr int64_t FEWEST_PLAIN = 7, FEWEST_CODES = 6, FEWEST_MIXED = 10;
+// Inputs from which tiles are faster than vectors: float32, float16, bfloat16; int8 codes; int8 codes that become bfloat16.
+constexpr int64_t FEWEST_PLAIN[] = {8, 10, 7}, FEWEST_CODES = 6, FEWEST_MIXED = 10;
 
 int input_parts(const Inputs& in) { return in.type == FLOAT_F32 ? 3 : in.type == FLOAT_F16 ? 2 : 1; }
 
@@ -41,17 +42,28 @@ INLINE __m512i load_bfloats(const uint16_t* x, int64_t left) {
     return _mm512_maskz_loadu_epi16(present, x);
 }
 
-// 32 numbers, and taking their next part off them.
+alignas(64) constexpr uint16_t UPPER_HALVES[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                   33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+
+// 32 numbers, from which one part after the other is taken.
 struct Numbers {
     __m512 low, high;
-    __attribute__((always_inline)) TILES inline __m512i take_part() {
-        const __m512i part = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-        low = _mm512_sub_ps(low, widen(_mm512_castsi512_si256(part)));
-        high = _mm512_sub_ps(high, widen(_mm512_extracti64x4_epi64(part, 1)));
-        return part;
+
+    // Part `p` of `parts`: what is nearest to the numbers, which keep the rest.
+    __attribute__((always_inline)) TILES inline __m512i take_part(int p, int parts) {
+        if (p + 1 == parts) return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+        const __m512 near_low = round(low), near_high = round(high);
+        low = _mm512_sub_ps(low, near_low);
+        high = _mm512_sub_ps(high, near_high);
+        const __m512i upper = _mm512_load_si512(UPPER_HALVES);
+        return _mm512_permutex2var_epi16(_mm512_castps_si512(near_low), upper, _mm512_castps_si512(near_high));
     }
-    __attribute__((always_inline)) TILES static inline __m512 widen(__m256i bfloats) {
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloats), 16));
+
+   private:
+    // To as many bits as bfloat16 has. A NaN may be lost here, but not in the rest.
+    __attribute__((always_inline)) TILES static inline __m512 round(__m512 value) {
+        const __m512i up = _mm512_add_epi32(_mm512_castps_si512(value), _mm512_set1_epi32(0x8000));
+        return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
     }
 };
 
@@ -103,7 +115,7 @@ TILES void pack_parts(const Matrix& w, const Inputs& in, int64_t first, uint8_t*
         }
         for (int part = 0; part < IN; ++part, out += TILE_BYTES) {
             __m512i v[TILE];
-            for (int64_t i = 0; i < TILE; ++i) v[i] = x[i].take_part();
+            for (int64_t i = 0; i < TILE; ++i) v[i] = x[i].take_part(part, IN);
             transpose(v);
             for (int64_t i = 0; i < TILE; ++i) _mm512_store_si512(out + 64 * i, v[i]);
         }
@@ -256,7 +268,10 @@ struct Panel {
                     Numbers values;
                     values.low = _mm512_mul_ps(ZEROS ? _mm512_sub_ps(low, z) : low, s);
                     values.high = SHORT ? values.low : _mm512_mul_ps(ZEROS ? _mm512_sub_ps(high, z) : high, s);
-                    for (int p = 0; p < W; ++p) table[p] = values.take_part();
+                    for (int p = 0; p < W; ++p) {
+                        table[p] = values.take_part(p, W);
+                        if (SHORT) values.high = values.low;
+                    }
                     left = (i ? per : head) - 1;
                 }
                 const __m256i bytes = i < safe ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed))
@@ -290,7 +305,7 @@ struct Panel {
                 const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(codes, 1)));
                 Numbers values = {_mm512_mul_ps(_mm512_sub_ps(low, zero), scale),
                                   _mm512_mul_ps(_mm512_sub_ps(high, zero), scale)};
-                for (int p = 0; p < W; ++p) _mm512_store_si512(tile_row + p * TILE_BYTES, values.take_part());
+                for (int p = 0; p < W; ++p) _mm512_store_si512(tile_row + p * TILE_BYTES, values.take_part(p, W));
             });
     }
 
@@ -324,7 +339,7 @@ struct Panel {
             // A tile's columns behind the row meet inputs of 0, so they need only be finite.
             Numbers values = {decoder.floats(codes, k / CHUNK, q), _mm512_setzero_ps()};
             if (k + 16 < at.stop) values.high = decoder.floats(codes, k / CHUNK, q + 1);
-            for (int p = 0; p < W; ++p) _mm512_store_si512(to + p * TILE_BYTES, values.take_part());
+            for (int p = 0; p < W; ++p) _mm512_store_si512(to + p * TILE_BYTES, values.take_part(p, W));
         }
     }
 };
@@ -407,8 +422,9 @@ TARGET uint32_t finish_tile(const Panel& panel, const Inputs& in, const float* s
 }
 
 // One or two tiles of sums, 16 or 32 rows of 16 tokens, to the output [tokens, rows]: whole cache lines where it can be.
-// Returns the tokens that have a sum that is not finite.
-TILES uint32_t store_tiles(const Panel& panel, const Inputs& in, const float* sums, int64_t step, int64_t row, int64_t token) {
+// Marks the tokens that have a sum that is not finite.
+TILES void store_tiles(const Panel& panel, const Inputs& in, const float* sums, int64_t step, int64_t row, int64_t token,
+                       uint8_t* plain) {
     const int64_t rows = panel.w.rows;
     __m512 low[TILE], high[TILE];
     uint32_t bad = finish_tile(panel, in, sums, row, low);
@@ -425,7 +441,7 @@ TILES uint32_t store_tiles(const Panel& panel, const Inputs& in, const float* su
         store_floats(in.out, at, in.type, first_lanes(left), low[i]);
         if (step) store_floats(in.out, at + TILE, in.type, first_lanes(left - TILE), high[i]);
     }
-    return bad;
+    for (; bad; bad &= bad - 1) __atomic_store_n(plain + token + __builtin_ctz(bad), 1, __ATOMIC_RELAXED);
 }
 
 // The inputs from token `first` on, `count` of them.
@@ -438,6 +454,14 @@ Inputs part_of(const Matrix& w, const Inputs& in, int64_t first, int64_t count) 
     return part;
 }
 
+// The marked tokens by the plain kernel, as many in one go as lie side by side.
+void plain_linear(const Matrix& w, const Inputs& in, const uint8_t* plain) {
+    for (int64_t first = 0, last; first < in.count; first = last) {
+        for (last = first + 1; last < in.count && plain[last] == plain[first];) ++last;
+        if (plain[first]) AVX512.linear(w, part_of(w, in, first, last - first));
+    }
+}
+
 TILES void tile_linear(const Matrix& w, const Inputs& in) {
     const int IN = input_parts(in);
     const int64_t threads = omp_get_max_threads();
@@ -445,7 +469,8 @@ TILES void tile_linear(const Matrix& w, const Inputs& in) {
     const int64_t share = (w.rows + threads - 1) / threads, panels = (share + PANEL - 1) / PANEL;  // a thread
     const int64_t panel = (share + 2 * TILE * panels - 1) / (2 * TILE * panels) * (2 * TILE);
     // Pieces of about `wanted` columns, all of one length but the last.
-    const int64_t wanted = IN == 1 ? DEPTH : 128, pieces = (w.columns + wanted / 2) / wanted > 1 ? (w.columns + wanted / 2) / wanted : 1;
+    const int64_t wanted = IN == 1 ? DEPTH : DEPTH_OF_PARTS, most = (w.columns + wanted / 2) / wanted;
+    const int64_t pieces = most > 1 ? most : 1;
     const int64_t depth = (w.columns + CHUNK * pieces - 1) / (CHUNK * pieces) * CHUNK;
     const int64_t token_bytes = chunks * IN * TILE_BYTES;  // of a tile of tokens
     uint8_t* packed = scratch<uint8_t>(0, tokens * token_bytes);
@@ -487,17 +512,13 @@ TILES void tile_linear(const Matrix& w, const Inputs& in) {
                 }
             }
             for (int64_t t = 0; t < tokens; ++t)
-                for (int64_t r = 0; r < tiles; r += 2) {
-                    uint32_t bad = store_tiles(weights, in, sums + (r * tokens + t) * 256, r + 1 < tiles ? tokens * 256 : 0,
-                                               row + r * TILE, t * TILE);
-                    for (uint8_t* token = plain + t * TILE; bad; bad >>= 1, ++token)
-                        if (bad & 1) __atomic_store_n(token, 1, __ATOMIC_RELAXED);
-                }
+                for (int64_t r = 0; r < tiles; r += 2)
+                    store_tiles(weights, in, sums + (r * tokens + t) * 256, r + 1 < tiles ? tokens * 256 : 0,
+                                row + r * TILE, t * TILE, plain);
         }
         _tile_release();
     }
-    for (int64_t i = 0; IN > 1 && i < in.count; ++i)
-        if (plain[i]) AVX512.linear(w, part_of(w, in, i, 1));
+    if (IN > 1) plain_linear(w, in, plain);
 }
 
 // As many tokens at a time as keep the packed inputs small.
@@ -510,7 +531,7 @@ void in_parts(const Matrix& w, const Inputs& in, const Run& run) {
 
 void linear(const Matrix& w, const Inputs& in) {
     if (in.count >= FEWEST_CODES && fits_int8_tiles(w, in)) return in_parts(w, in, int8_tile_linear);
-    const bool plain = in.activation == PLAIN, many = in.count >= (plain ? FEWEST_PLAIN : FEWEST_MIXED);
+    const bool plain = in.activation == PLAIN, many = in.count >= (plain ? FEWEST_PLAIN[in.type] : FEWEST_MIXED);
     if (!many || (in.type != FLOAT_BF16 && !plain)) return VNNI.linear(w, in);
     in_parts(w, in, tile_linear);
 }
