@@ -4,13 +4,14 @@
 // nearest to what is left, and so on. Inputs have as many parts as their type needs, IN (bfloat16 1, float16 2, float32
 // 3: exact), weights no more than that, W. Part p of a weight meets part q of an input where p + q < IN: the products
 // that are left out lie below the rounding of the output. Parts lie side by side, so all of them add to the same sums.
-// AMX takes what is below 2^-126 for zero, which the parts of small numbers come to, and the parts of an infinity add up
-// to NaN: tokens of tiny inputs only, and those whose sums are not finite, go to the plain kernel.
+// AMX takes what is below 2^-126 for zero, and parts of small numbers come to that; the parts of an infinity add up to
+// NaN. So tokens of tiny inputs only, and those whose sums are not finite, go to the plain kernel. (Of a weight below
+// 2^-110 bits are lost all the same.)
 //
 // A tile of the weights is 16 rows x 32 columns, a tile of the inputs 32 columns x 16 tokens in pairs, as `tdpbf16ps`
 // wants them; two by two of each make four tiles of sums, [16 rows, 16 tokens] in float32. A thread takes a panel of
-// rows, decodes about `DEPTH` columns of it (they then lie in its second-level cache, and so do the panel's sums) and runs
-// all tokens over them; with several parts, fewer columns. Int8 activations become the bfloat16 nearest to code x scale.
+// rows, decodes about `DEPTH` columns of it (they then lie in its second-level cache, and so do the panel's sums) and
+// runs all tokens over them. Int8 activations become the bfloat16 nearest to code x scale.
 #include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -26,12 +27,13 @@ void int8_tile_linear(const Matrix& w, const Inputs& in);
 
 namespace {
 
-constexpr int64_t WIDTH = 32;                            // columns of a tile
-constexpr int64_t PANEL = 256, DEPTH = 512;              // rows and columns that are decoded at a time ...
-constexpr int64_t DEPTH_OF_PARTS = 128;                  // ... and columns where inputs have several parts
-constexpr int64_t MOST_PACKED = 16 << 20;                // bytes of inputs that are packed at a time
-constexpr float TINY = 0x1p-64f;                         // tokens with no larger input have no room for parts
-// Inputs from which tiles are faster than vectors: float32, float16, bfloat16; int8 codes; int8 codes that become bfloat16.
+constexpr int64_t WIDTH = 32;                // columns of a tile
+constexpr int64_t PANEL = 256, DEPTH = 512;  // rows and columns that are decoded at a time ...
+constexpr int64_t DEPTH_OF_PARTS = 128;      // ... and columns where inputs have several parts
+constexpr int64_t MOST_PACKED = 16 << 20;    // bytes of inputs that are packed at a time
+constexpr float TINY = 0x1p-64f;             // parts of a token with no larger input may come to nothing
+// Inputs from which tiles are faster than vectors: float32, float16, bfloat16; int8 codes; int8 codes that become
+// bfloat16.
 constexpr int64_t FEWEST_PLAIN[] = {8, 10, 7}, FEWEST_CODES = 6, FEWEST_MIXED = 10;
 
 int input_parts(const Inputs& in) { return in.type == FLOAT_F32 ? 3 : in.type == FLOAT_F16 ? 2 : 1; }
@@ -198,8 +200,8 @@ struct Panel {
     // W parts hold 9 W - 1 bits (the next one's sign counts); a product has as many as its factors together.
     int needed_parts() const {
         if (how == FLOAT8) return 1;
-        const int number = w.table ? 24 : w.bits, scale = w.scale_type == FLOAT_F32 ? 24 : w.scale_type == FLOAT_F16 ? 11 : 8;
-        const int bits = number + (one_scale && how != OTHER ? 0 : scale);
+        const int scale = w.scale_type == FLOAT_F32 ? 24 : w.scale_type == FLOAT_F16 ? 11 : 8;
+        const int bits = (w.table ? 24 : w.bits) + (one_scale && how != OTHER ? 0 : scale);
         return bits <= 8 ? 1 : bits <= 17 ? 2 : 3;
     }
 
@@ -394,7 +396,8 @@ struct Multiplies {
 };
 
 template <int W, int IN>
-constexpr Multiplies MULTIPLIES = {{{multiply<1, 1, W, IN>, multiply<1, 2, W, IN>}, {multiply<2, 1, W, IN>, multiply<2, 2, W, IN>}}};
+constexpr Multiplies MULTIPLIES = {
+    {{multiply<1, 1, W, IN>, multiply<1, 2, W, IN>}, {multiply<2, 1, W, IN>, multiply<2, 2, W, IN>}}};
 
 Multiplies choose_multiplies(int weight_parts, int input_parts) {
     if (input_parts == 1) return MULTIPLIES<1, 1>;
@@ -423,8 +426,8 @@ TARGET uint32_t finish_tile(const Panel& panel, const Inputs& in, const float* s
 
 // One or two tiles of sums, 16 or 32 rows of 16 tokens, to the output [tokens, rows]: whole cache lines where it can be.
 // Marks the tokens that have a sum that is not finite.
-TILES void store_tiles(const Panel& panel, const Inputs& in, const float* sums, int64_t step, int64_t row, int64_t token,
-                       uint8_t* plain) {
+TILES void store_tiles(const Panel& panel, const Inputs& in, const float* sums, int64_t step, int64_t row,
+                       int64_t token, uint8_t* plain) {
     const int64_t rows = panel.w.rows;
     __m512 low[TILE], high[TILE];
     uint32_t bad = finish_tile(panel, in, sums, row, low);
@@ -469,8 +472,8 @@ TILES void tile_linear(const Matrix& w, const Inputs& in) {
     const int64_t share = (w.rows + threads - 1) / threads, panels = (share + PANEL - 1) / PANEL;  // a thread
     const int64_t panel = (share + 2 * TILE * panels - 1) / (2 * TILE * panels) * (2 * TILE);
     // Pieces of about `wanted` columns, all of one length but the last.
-    const int64_t wanted = IN == 1 ? DEPTH : DEPTH_OF_PARTS, most = (w.columns + wanted / 2) / wanted;
-    const int64_t pieces = most > 1 ? most : 1;
+    const int64_t wanted = IN == 1 ? DEPTH : DEPTH_OF_PARTS, whole = (w.columns + wanted / 2) / wanted;
+    const int64_t pieces = whole > 1 ? whole : 1;
     const int64_t depth = (w.columns + CHUNK * pieces - 1) / (CHUNK * pieces) * CHUNK;
     const int64_t token_bytes = chunks * IN * TILE_BYTES;  // of a tile of tokens
     uint8_t* packed = scratch<uint8_t>(0, tokens * token_bytes);
@@ -505,7 +508,8 @@ TILES void tile_linear(const Matrix& w, const Inputs& in) {
                         const uint8_t* a = decoded + r * a_bytes;
                         float* c = sums + (r * tokens + t) * 256;
                         const int64_t share = r / 2 * lines * deep * 64;
-                        const uint8_t* next = b + (share < b_bytes ? 2 * token_bytes : 3 * token_bytes - b_bytes) + share;
+                        const uint8_t* next =
+                            b + share + (share < b_bytes ? 2 * token_bytes : 3 * token_bytes - b_bytes);
                         const Multiply run = multiplies.of[r + 1 < tiles][t + 1 < tokens];
                         run(a, a_bytes, b, token_bytes, deep, c, tokens * 256, k == 0, next, lines);
                     }
