@@ -22,9 +22,9 @@ from llmquant.tensor import QuantizedTensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # SQNR against the same product in float64: what rounding the output to the dtype allows, and no more.
-BOUNDS = {torch.float32: (115, 160), torch.float16: (62, 85), torch.bfloat16: (44, 65)}
-# Tiles round weights (and what int8 activations stand for) to bfloat16 once more.
-MANY = {torch.float32: 110, torch.float16: 60, torch.bfloat16: 42}
+BOUNDS = {torch.float32: (122, 160), torch.float16: (66, 85), torch.bfloat16: (44, 65)}
+# Tiles of bfloat16 inputs round weights (and what int8 activations stand for) to bfloat16 once more.
+MANY = {**BOUNDS, torch.bfloat16: (42, 65)}
 SHAPES = ((1, 4), (7, 576), (33, 100), (16, 8), (3, 1000), (2, 65))
 SCHEMES = [
     *(f"int{bits}-g32{zero}" for bits in range(1, 9) for zero in ("", "-asym")),
@@ -58,7 +58,7 @@ def cases(backend: str, scheme: str) -> list[Packed]:
 
 
 def assert_exact(found: Tensor, exact: Tensor, dtype: torch.dtype, count: int, case: object) -> None:
-    low, high = BOUNDS[dtype] if count <= 8 else (MANY[dtype], BOUNDS[dtype][1])
+    low, high = BOUNDS[dtype] if count <= 8 else MANY[dtype]
     assert found.dtype == dtype and found.shape == exact.shape and found.isfinite().all()
     error = compute_error(exact, found)
     assert error > low, case
@@ -121,6 +121,61 @@ def test_what_is_not_finite_shows(backend: str, dtype: torch.dtype, poison: floa
 
 
 @every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("scheme", ["int4-g32", "int8-g12-asym", "int3-row", "float8-row"])
+def test_tokens_of_every_size(backend: str, scheme: str, dtype: torch.dtype) -> None:
+    """From numbers whose bfloat16 parts underflow to those whose nearest bfloat16 is an infinity."""
+    weight = weight_of(scheme, 40, 300).packed()
+    native = cpu.BACKENDS[backend]
+    if native.refusal(weight.format, weight.block, weight.columns, "cpu") is not None:
+        pytest.skip("refused")
+    x, bias = torch.randn(20, 300), torch.randn(40) * 2.0**-120
+    smallest = 2.0**-115 if dtype == torch.float32 else 2.0**-18
+    x[1] *= smallest
+    x[2] *= torch.logspace(0, -36, 300)
+    x[3] = 0
+    x[17:19] *= smallest
+    x[19, 7] = torch.finfo(dtype).max
+    x = x.to(dtype)
+    found = native.linear(x, weight, bias)
+    values = weight.dequantize().double()
+    exact = F.linear(x.double(), values, bias.double())
+    size = F.linear(x.double().abs(), values.abs(), bias.double().abs())
+    info = torch.finfo(dtype)
+    error = (found.double() - exact).abs()
+    assert (error <= info.eps / 2 * exact.abs() + 4e-7 * size + info.smallest_normal * info.eps).all()
+    assert torch.equal(found[3], bias.to(dtype))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_tokens_that_are_not_finite_stay_alone(backend: str, dtype: torch.dtype) -> None:
+    """They give what plain products give, and all others the same bits as without them."""
+    weight = weight_of("int4-g32-asym", 40, 96).packed()
+    x = torch.randn(40, 96).to(dtype)
+    native = cpu.BACKENDS[backend]
+    clean = native.linear(x, weight, None)
+    x[0, 40], x[1, 3], x[20, 95], x[39, 0] = float("inf"), float("nan"), float("-inf"), float("inf")
+    found = native.linear(x, weight, None)
+    bad = x.isfinite().logical_not().any(1)
+    torch.testing.assert_close(found[bad], reference.linear(x[bad], weight, None), equal_nan=True)
+    assert found[bad].isinf().any() and torch.equal(found[~bad], clean[~bad])
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_tokens_than_are_packed_at_a_time(backend: str, dtype: torch.dtype) -> None:
+    weight, count = weight_of("int4-g32", 5, 1024).packed(), 9000
+    x = torch.randn(count, 1024).to(dtype)
+    x[-3] = float("nan")
+    found = cpu.BACKENDS[backend].linear(x, weight, None)
+    assert found[-3].isnan().all()
+    kept = torch.arange(count) != count - 3
+    exact = F.linear(x[kept].double(), weight.dequantize().double())
+    assert_exact(found[kept], exact, dtype, count, count)
+
+
+@every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(0, 200), (200,), (2, 3, 200), (2, 0, 200), (1, 1, 1, 200)])
 def test_leading_dimensions(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -140,9 +195,10 @@ def test_inputs_and_weights_need_not_be_contiguous(backend: str) -> None:
 
 
 @every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [1, 3, 40])
-def test_the_number_of_threads_changes_nothing(backend: str, count: int) -> None:
-    weight, x = weight_of("int3-g32", 70, 300).packed(), torch.randn(count, 300).bfloat16()
+def test_the_number_of_threads_changes_nothing(backend: str, count: int, dtype: torch.dtype) -> None:
+    weight, x = weight_of("int3-g32", 70, 300).packed(), torch.randn(count, 300).to(dtype)
     before, found = torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -232,8 +288,8 @@ def build_driver(compiler: str, folder: Path, *flags: str) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_no_kernel_leaves_its_memory(tmp_path: Path, threads: str) -> None:
-    """Random shapes under AddressSanitizer, every buffer before a forbidden page."""
-    program = build_driver("g++", tmp_path, "-fsanitize=address")
+    """Random shapes under AddressSanitizer, every buffer before a forbidden page, kept memory full of NaN."""
+    program = build_driver("g++", tmp_path, "-fsanitize=address", "-DLLMQUANT_POISON")
     run = subprocess.run([program, threads, "1000"], capture_output=True, text=True, env={"OMP_NUM_THREADS": threads})
     assert run.returncode == 0 and "1000 cases right" in run.stdout, run.stdout + run.stderr
 

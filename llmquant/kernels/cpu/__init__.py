@@ -36,7 +36,7 @@ class Traits(NamedTuple):
 
 _FEW = {torch.float32: 8, torch.float16: 8, torch.bfloat16: 8}
 TRAITS: dict[str, Traits] = {
-    "amx": Traits("AMX (bfloat16 and int8 tiles)", 4, {torch.float32: 8, torch.float16: 8}),
+    "amx": Traits("AMX (bfloat16 and int8 tiles)", 4, {}),
     "avx512_vnni": Traits("AVX-512 with VNNI and VBMI", 4, _FEW),
     "avx512": Traits("AVX-512 F, BW, VL and DQ", None, _FEW),
     "avx2": Traits("AVX2 and FMA", None, _FEW),
@@ -87,7 +87,8 @@ class Native:
         """x [..., K] -> x @ weight.T + bias, [..., N] in x's dtype.
 
         float32 and float16 inputs meet the weights that the reference decodes, and so do few bfloat16 ones; many meet
-        weights rounded to bfloat16.
+        weights rounded to bfloat16. Tiles take many float32 and float16 inputs and weights as sums of two or three
+        bfloat16 parts, which lose less than the output's rounding.
         """
         count = x.numel() // max(weight.columns, 1)
         most = self.traits.most_inputs.get(x.dtype)
