@@ -225,5 +225,6 @@ class ChainedStack:
 
 
 def sees_all(at: Place, caches: list[DynamicLayer]) -> bool:
-    """Whether a call's tokens look at all positions of caches that can grow in place."""
-    return at.seen is None and all(room_of(cache) is not None for cache in caches)
+    """Whether a call's tokens look at all positions of caches that can grow in place, as torch's flash attention does."""
+    everything = at.seen is None and torch.backends.cuda.flash_sdp_enabled()  # said of CPUs, too
+    return everything and all(room_of(cache) is not None for cache in caches)
