@@ -39,6 +39,7 @@ TRAITS: dict[str, Traits] = {
     "amx": Traits("AMX (bfloat16 and int8 tiles)", 4, {torch.float32: 8, torch.float16: 8}),
     "avx512_vnni": Traits("AVX-512 with VNNI and VBMI", 4, _FEW),
     "avx512": Traits("AVX-512 F, BW, VL and DQ", None, _FEW),
+    "avx2_vnni": Traits("AVX2 with AVX-VNNI", None, _FEW),
     "avx2": Traits("AVX2 and FMA", None, _FEW),
     "portable": Traits("any processor", None, _FEW),
 }
