@@ -109,28 +109,27 @@ INLINE2 __m256i not_finite(__m256 x) {
 }
 
 // How to cut codes of up to 7 bits out of packed bytes: 16 codes a half of a vector, 8 of them at a time. A shuffle brings
-// the two bytes that a code touches to 16 bits of its own, a product moves it to their top, a shift to their bottom.
+// the two bytes that a code touches to 16 bits of its own, one product moves it to their top, another down from there.
 struct Cutter2 {
-    __m256i low, high, product;
-    __m128i shift;
+    __m256i low, high, up, down;
 };
 
 INLINE2 Cutter2 make_cutter2(int bits) {
     alignas(32) uint8_t low[32], high[32];
-    alignas(32) uint16_t product[16];
+    alignas(32) uint16_t up[16];
     for (int i = 0; i < 16; ++i) {
         const int bit = i % 8 * bits;
         for (int b = 0; b < 2; ++b) {
             low[2 * i + b] = static_cast<uint8_t>(bit / 8 + b);
             high[2 * i + b] = static_cast<uint8_t>(bits + bit / 8 + b);
         }
-        product[i] = static_cast<uint16_t>(1 << (16 - bits - bit % 8));
+        up[i] = static_cast<uint16_t>(1 << (16 - bits - bit % 8));
     }
-    return {load32(low), load32(high), load32(product), _mm_cvtsi32_si128(16 - bits)};
+    return {load32(low), load32(high), load32(up), _mm256_set1_epi16(static_cast<int16_t>(1 << bits))};
 }
 
 INLINE2 __m256i cut_eight(__m256i packed, __m256i bytes, const Cutter2& cut) {
-    return _mm256_srl_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(packed, bytes), cut.product), cut.shift);
+    return _mm256_mulhi_epu16(_mm256_mullo_epi16(_mm256_shuffle_epi8(packed, bytes), cut.up), cut.down);
 }
 
 // 16 codes a half, one a byte, from the first bytes of each half.

@@ -1,4 +1,4 @@
-// The plain kernels, compiled for each kind of processor that has none of its own.
+// The plain kernels, compiled for each kind of processor: all it has, or what its own kernels leave to them.
 #include <cstdint>
 #include <cstring>
 
