@@ -205,7 +205,7 @@ PANELS = [
     ("avx2_vnni", "int4-g32", torch.float32, None),
     ("avx2_vnni", "int4-g10", torch.bfloat16, 8),
     ("avx512", "float8-row", torch.float16, 8),
-    ("avx512", "int3-g32", torch.float16, 32),
+    ("avx512", "int3-g32", torch.float16, 48),
     ("portable", "int4-g32", torch.float32, 8),
 ]
 

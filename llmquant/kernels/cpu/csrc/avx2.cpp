@@ -1,9 +1,10 @@
-// Integer products for processors without AVX-512 VBMI, on the scheme of strips.cpp with vectors of 256 bits: a strip is
-// 8 rows, and rows are read 32 bytes at a time (or as the bytes of 32 codes).
+// Integer products for processors without AVX-512 VBMI, on the scheme of strips.cpp with vectors of 256 bits: a strip
+// is 8 rows, and rows are read 32 bytes at a time (or as the bytes of 32 codes).
 //
 // Two ways to add products of codes and inputs: `vpdpbusd` where the processor has AVX-VNNI, else `vpmaddubsw`, whose
-// sums of 16 bits hold several steps before they are widened. A pair of products is at most 2 x 128 x code: codes of four
-// bits leave room for all eight steps of a piece, those of seven for one. Codes of eight are split into halves of four.
+// sums of two products have 16 bits. Such a sum is at most 2 x 128 x code: codes of four bits leave room to add up all
+// eight steps of a piece before anything is widened, those of five to seven bits are widened at each step, and codes of
+// eight bits are split into halves of four.
 #include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -62,7 +63,8 @@ INLINE2 void fetch(Block* block) {
 
 // Turns the next 8 lanes of strip `s` into its ring.
 template <int KIND>
-INLINE2 void turn_block(const Matrix& w, const StripUnit& unit, const Block& block, int s, int64_t filled, __m256i* ring) {
+INLINE2 void turn_block(const Matrix& w, const StripUnit& unit, const Block& block, int s, int64_t filled,
+                        __m256i* ring) {
     const uint8_t* const* rows = unit.data + STRIP * s;
     const int64_t at = filled / 8 * block.bytes;
     __m256i v[8];
@@ -94,6 +96,7 @@ INLINE2 void shift_out(const __m256i* packed, __m256i code[QUADS]) {
 
 // --- products ----------------------------------------------------------------------------------------------
 
+// One sum of products for each lane: `start`, then `add` for the steps q = 0 .. 7 of a piece, then `total`.
 namespace vnni {
 template <int KIND>
 struct Sum {
@@ -119,7 +122,8 @@ TARGET2_VNNI inline __attribute__((always_inline)) __m256i total(const Sum<KIND>
 namespace pairs {
 template <int KIND>
 struct Sum {
-    __m256i all, pairs, high;
+    __m256i all;          // widened
+    __m256i pairs, high;  // sums of 16 bits: of codes or their lower halves, of their upper halves
 };
 
 template <int KIND>

@@ -59,7 +59,8 @@ INLINE2 void store_eight(void* data, int64_t i, int32_t type, int64_t count, __m
     else
         _mm_store_si128(reinterpret_cast<__m128i*>(bytes),
                         type == FLOAT_F16 ? _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT) : to_bfloats(value));
-    if (count > 0) std::memcpy(static_cast<uint8_t*>(data) + i * size, bytes, static_cast<size_t>((count < 8 ? count : 8) * size));
+    const int64_t kept = count < 0 ? 0 : count < 8 ? count : 8;
+    std::memcpy(static_cast<uint8_t*>(data) + i * size, bytes, static_cast<size_t>(kept * size));
 }
 
 // 8 x 8 lanes turned over. Vector i holds, of rows i and 4 + i, the same half: lanes 0..3 in v[i], 4..7 in v[4 + i].
@@ -108,8 +109,8 @@ INLINE2 __m256i not_finite(__m256 x) {
     return _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x7f7fffff));
 }
 
-// How to cut codes of up to 7 bits out of packed bytes: 16 codes a half of a vector, 8 of them at a time. A shuffle brings
-// the two bytes that a code touches to 16 bits of its own, one product moves it to their top, another down from there.
+// How to cut codes of up to 7 bits out of packed bytes: 16 codes a half of a vector, 8 of them at a time. A shuffle
+// brings the two bytes that a code touches to 16 bits of its own, one product moves it to their top, another down.
 struct Cutter2 {
     __m256i low, high, up, down;
 };

@@ -7,8 +7,8 @@ namespace WAY {
 // ZEROS: a zero a group, taken off as a float (exact: products of it are below 2^24), else the whole midpoint, which
 // the sums start from.
 template <int P, int KIND, bool ZEROS>
-WAY_TARGET __attribute__((noinline)) void dot(const Matrix& w, const StripPlan& plan, const StripUnit& unit, int64_t first,
-                                              int64_t tokens, int64_t count, float* totals) {
+WAY_TARGET __attribute__((noinline)) void dot(const Matrix& w, const StripPlan& plan, const StripUnit& unit,
+                                              int64_t first, int64_t tokens, int64_t count, float* totals) {
     constexpr int STEPS = KIND == DENSE1 ? 8 : KIND == DENSE2 ? 4 : KIND == DENSE4 ? 2 : 1;
     constexpr int LANES = QUADS / STEPS;  // a piece
     const Codes<P>* inputs = static_cast<const Codes<P>*>(plan.codes) + first;

@@ -8,7 +8,7 @@
 #include "matrix.h"
 #include "scratch.h"
 
-// The rows at hand: where they begin, and their scales and zeros turned over, [groups, rows of a strip] for both strips.
+// The rows at hand, up to 16 a strip: where they begin, and their scales and zeros turned over, [groups, rows].
 struct StripUnit {
     const uint8_t* data[32];
     float *scale[2], *zero[2];
@@ -27,7 +27,8 @@ struct StripPlan {
     int64_t count;  // pieces
     const Piece* pieces;
     void* codes;
-    bool (*fill)(const Matrix&, const Inputs&, const StripPlan&, int64_t token);  // whether the token's inputs are finite
+    // Writes a token's codes; whether its inputs are finite.
+    bool (*fill)(const Matrix&, const Inputs&, const StripPlan&, int64_t token);
     Dot dot;
 };
 
