@@ -107,6 +107,26 @@ def test_int8_activations_follow_the_code_rule(backend: str, scheme: str, activa
 
 
 @every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_sums_have_room_for_the_largest_codes(backend: str, bits: int, dtype: torch.dtype) -> None:
+    """Every code the largest, and every plane of the inputs but a few -128: where 16-bit sums would be too small."""
+    rows, columns = 9, 96
+    qdata = torch.full((rows, columns * bits // 8), 255, dtype=torch.uint8)
+    zeros = torch.zeros(rows, (3 * bits + 7) // 8, dtype=torch.uint8)
+    weight = Packed(qdata, torch.full((rows, 3), 2.0**-8), zeros, f"int{bits}", (1, 32), columns)
+    x = torch.ones(2, columns, dtype=dtype)
+    x[:, ::32] = 2.0**14 if dtype == torch.float32 else 2.0**6
+    x[1] *= -1
+    with registry.force(backend):
+        plain, dynamic = ops.linear(x, weight), ops.linear_int8(x[:, 1:2].expand(2, columns), weight, Activation(32))
+    exact = (x.double().sum(1, keepdim=True) * (2**bits - 1) / 256).expand(2, rows)
+    assert torch.equal(plain, exact.to(dtype))
+    ones = torch.tensor([[1.0], [-1.0]]).expand(2, rows) * columns * (2**bits - 1) / 256
+    torch.testing.assert_close(dynamic, ones.to(dtype), rtol=1e-6 if dtype == torch.float32 else 4e-3, atol=0)
+
+
+@every_backend
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_not_finite_shows(backend: str, dtype: torch.dtype, poison: float) -> None:
@@ -233,6 +253,30 @@ def test_refusals_have_reasons(scheme: str, reason: str) -> None:
     assert choice.kernel == "avx512" and f"avx512_vnni: {reason}" in choice.reason
     with pytest.raises(ConfigError, match="cannot serve this weight"), registry.force("avx512_vnni"):
         ops.linear(torch.randn(1, 64), weight.packed())
+
+
+PANELS = [
+    ("avx2", "int4-g32", torch.bfloat16, 64),
+    ("avx2", "int4-row", torch.float32, 32),
+    ("avx2_vnni", "int4-g32", torch.float32, None),
+    ("avx2_vnni", "int4-g10", torch.bfloat16, 8),
+    ("avx512", "float8-row", torch.float16, 8),
+    ("avx512", "int3-g32", torch.float16, 48),
+    ("portable", "int4-g32", torch.float32, 8),
+]
+
+
+@pytest.mark.parametrize(("backend", "scheme", "dtype", "most"), PANELS)
+def test_torch_multiplies_panels_where_that_is_faster(
+    backend: str, scheme: str, dtype: torch.dtype, most: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(cpu.Native, "_linear_by_panels", lambda _, x, *__: seen.append(len(x)))
+    monkeypatch.setattr(cpu.Native, "_linear", lambda *_: None)
+    weight, counts = weight_of(scheme, 8, 60).packed(), (1, 8, 9, 16, 17, 32, 33, 64, 65, 500)
+    for count in counts:
+        cpu.BACKENDS[backend].linear(torch.ones(count, 60, dtype=dtype), weight, None)
+    assert seen == [count for count in counts if most is not None and count > most]
 
 
 @every_backend

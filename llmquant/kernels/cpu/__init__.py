@@ -24,23 +24,34 @@ class Traits(NamedTuple):
     """What a set of kernels needs and can do.
 
     needs: the processor's features, in words.
-    step: groups of columns must be a multiple of it (None: any group will do).
+    step: groups of columns must be a multiple of it for products of integers (None: there are none).
+    plain: whether the set also serves other weights, at the slower pace of products of floats.
     most_inputs: beyond so many inputs of a weight-only product, by dtype, rows are decoded in panels and torch's own
-        product runs on them; absent: never.
+        product runs on them; absent: never. With products of floats it is `_FEW` inputs.
+    panel: the dtype of panels for bfloat16 inputs; without AVX-512 torch's bfloat16 product takes seven times as long
+        as that of float32.
     """
 
     needs: str
     step: int | None
+    plain: bool
     most_inputs: dict[torch.dtype, int]
+    panel: torch.dtype = torch.bfloat16
 
 
-_FEW = {torch.float32: 8, torch.float16: 8, torch.bfloat16: 8}
+_FEW = 8
+# Where torch's product on panels overtakes the set's own: timed at 2048 x 2048, int4-g32, on one thread.
+_HALF, _FLOAT = (torch.float16, torch.bfloat16), (torch.float32,)
+_ALL_FEW = dict.fromkeys(_HALF + _FLOAT, _FEW)
 TRAITS: dict[str, Traits] = {
-    "amx": Traits("AMX (bfloat16 and int8 tiles)", 4, {}),
-    "avx512_vnni": Traits("AVX-512 with VNNI and VBMI", 4, _FEW),
-    "avx512": Traits("AVX-512 F, BW, VL and DQ", None, _FEW),
-    "avx2": Traits("AVX2 and FMA", None, _FEW),
-    "portable": Traits("any processor", None, _FEW),
+    "amx": Traits("AMX (bfloat16 and int8 tiles)", 4, False, {}),
+    "avx512_vnni": Traits("AVX-512 with VNNI and VBMI", 4, False, {torch.bfloat16: 64}),
+    # Strips of 256 bits without `vpdpbusd`; before "avx2_vnni", as what has both has "avx512_vnni", too.
+    "avx512": Traits("AVX-512 F, BW, VL and DQ", 4, True, dict.fromkeys(_HALF, 48) | dict.fromkeys(_FLOAT, 32)),
+    # `vpdpbusd` is faster than torch's float32 product at every count that was timed, up to 256.
+    "avx2_vnni": Traits("AVX2 with AVX-VNNI", 4, True, {}, torch.float32),
+    "avx2": Traits("AVX2 and FMA", 4, True, dict.fromkeys(_HALF, 64) | dict.fromkeys(_FLOAT, 32), torch.float32),
+    "portable": Traits("any processor", None, True, _ALL_FEW),
 }
 
 
@@ -75,11 +86,13 @@ class Native:
         if fmt.storage not in ("affine", "scaled"):
             return f"there is no native kernel for {format_name}"
         step = self.traits.step
-        if fmt.storage == "scaled" and step:
+        if self.traits.plain or step is None:
+            return None
+        if fmt.storage == "scaled":
             if fmt.bits != 8:
                 return f"it has no fast way to decode {format_name}"
             step = 16
-        if step and block[1] % step and block[1] < columns:
+        if block[1] % step and block[1] < columns:
             return f"group {block[1]} is not a multiple of {step}"
         return None
 
@@ -91,10 +104,22 @@ class Native:
         bfloat16 parts, which lose less than the output's rounding.
         """
         count = x.numel() // max(weight.columns, 1)
-        most = self.traits.most_inputs.get(x.dtype)
-        if x.dtype not in library.FLOAT_TYPES or (most is not None and count > most):
+        if x.dtype not in library.FLOAT_TYPES or (count > _FEW and self._wants_panels(x.dtype, count, weight)):
             return self._linear_by_panels(x, weight, bias)
         return self._linear(x, weight, bias, 0, weight.columns)
+
+    def _wants_panels(self, dtype: torch.dtype, count: int, weight: Packed) -> bool:
+        """Whether torch's product on decoded panels is the faster one for that many inputs, more than a few."""
+        most = self.traits.most_inputs.get(dtype)
+        if self.traits.plain and not self._has_integers(weight):
+            most = _FEW
+        return most is not None and count > most
+
+    def _has_integers(self, weight: Packed) -> bool:
+        step, group = self.traits.step, weight.block[1]
+        if step is None or get_format(weight.format).storage != "affine":
+            return False
+        return group % step == 0 or group >= weight.columns
 
     def _linear(self, x: Tensor, weight: Packed, bias: Tensor | None, activation: int, group: int) -> Tensor:
         types = library.FLOAT_TYPES
@@ -168,7 +193,7 @@ class Native:
 
     def _linear_by_panels(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         """Decodes some rows at a time, so that they are still in the cache when torch multiplies by them."""
-        dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        dtype = self.traits.panel if x.dtype == torch.bfloat16 else torch.float32
         wide = x if x.dtype == dtype else x.to(dtype)
         out = x.new_empty(*x.shape[:-1], weight.rows)
         panels = weight.panels(_PANEL_ELEMENTS)

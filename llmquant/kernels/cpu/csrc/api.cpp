@@ -13,7 +13,7 @@ namespace {
 
 const Kernels* const ALL[] = {
 #if defined(__x86_64__) && defined(__GNUC__)
-    &AMX, &VNNI, &AVX512, &AVX2,
+    &AMX, &VNNI, &AVX512, &AVX2_VNNI, &AVX2,
 #endif
     &PORTABLE,
 };

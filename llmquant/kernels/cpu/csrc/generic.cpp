@@ -1,4 +1,4 @@
-// The plain kernels, compiled for each kind of processor that has none of its own.
+// The plain kernels, compiled for each kind of processor: all it has, or what its own kernels leave to them.
 #include <cstdint>
 #include <cstring>
 
@@ -42,6 +42,6 @@ bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-const Kernels AVX2 = {"avx2", has_avx2, avx2::linear, avx2::rows};
-const Kernels AVX512 = {"avx512", has_avx512, avx512::linear, avx512::rows};
+const Kernels PLAIN_AVX2 = {"avx2", has_avx2, avx2::linear, avx2::rows};
+const Kernels PLAIN_AVX512 = {"avx512", has_avx512, avx512::linear, avx512::rows};
 #endif

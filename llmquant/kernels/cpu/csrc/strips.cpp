@@ -16,70 +16,12 @@
 #include "strips.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#include <omp.h>
-
 #include "tiles.h"
 
 namespace {
 
-constexpr int QUADS = 8, PIECE = 4 * QUADS;       // fours of columns, and columns, of a piece
-constexpr int STRIP = 16, STRIPS = 2;             // rows of a strip; strips that share each load of the inputs
-constexpr int UNIT = STRIP * STRIPS;              // rows that are done together
-
-}  // namespace
-
-// The rows at hand: where they begin, and their scales and zeros turned over, [groups, 16] a strip.
-struct StripUnit {
-    const uint8_t* data[UNIT];
-    float *scale[STRIPS], *zero[STRIPS];
-};
-
-namespace {
-
-constexpr int64_t MOST = 64;                      // inputs that share a decoded strip: their sums stay in the first cache
+constexpr int STRIP = 16, UNIT = STRIP * STRIPS;  // rows of a strip, and rows that are done together
 constexpr int RING = 32;                          // turned vectors of a strip that are kept
-
-struct Piece {
-    int64_t start, count, group;  // columns, and the group of weights they belong to
-};
-
-// The inputs as planes: for each piece and token, P times the codes of 32 columns in the order in which the steps meet
-// them, the scale, and the sums of each plane (times minus the midpoint as integers, or plain as floats).
-template <int P>
-struct Codes {
-    int8_t codes[P][PIECE];
-    float scale;
-    int32_t sums[P];
-};
-
-bool is_dense(const Matrix& w) {
-    return w.bits <= 4 && w.bits != 3 && (w.groups == 1 || w.group % (32 / w.bits) == 0);
-}
-
-int make_lane(const Matrix& w) { return is_dense(w) ? 32 / w.bits : 4; }
-
-int plane_count(const Inputs& in) {
-    if (in.activation != PLAIN) return in.activation == SYMMETRIC ? 1 : 2;
-    return in.type == FLOAT_F32 ? 3 : 2;
-}
-
-// Cuts the columns where a scale of the weight or of the activation ends, and after PIECE columns.
-int64_t make_pieces(const Matrix& w, const Inputs& in, Piece* pieces) {
-    const int64_t wide = w.groups == 1 ? w.columns : w.group;
-    const int64_t inputs = in.activation == PLAIN ? w.columns : in.group;
-    int64_t count = 0, group = 0, group_end = wide, input_end = inputs;
-    for (int64_t start = 0; start < w.columns;) {
-        int64_t stop = start + PIECE;
-        stop = stop < group_end ? stop : group_end;
-        stop = stop < input_end ? stop : input_end;
-        stop = stop < w.columns ? stop : w.columns;
-        pieces[count++] = {start, stop - start, group};
-        if (stop == group_end) group_end += wide, ++group;
-        if (stop == input_end) input_end += inputs;
-        start = stop;
-    }
-    return count;
-}
 
 // 32 floats of a piece as codes under a power of two. `reach`: the exponent of the largest code. Returns the scale; sets
 // `bad` where an input is not finite.
@@ -97,15 +39,6 @@ INLINE float fix_floats(const Inputs& in, int64_t at, int64_t count, int reach, 
     for (int i = 0; i < 2; ++i) code[i] = _mm512_cvtps_epi32(_mm512_mul_ps(x[i], inverse));
     // Zeros get the scale 0: products with the least exponent would be subnormal, which takes a detour.
     return largest > 0 ? float_of(static_cast<uint32_t>(exponent + 127) << 23) : 0.f;
-}
-
-// Where the columns of a piece go: step j of a lane meets every `steps`-th of its columns from j on.
-INLINE __m256i order_of(int lane) {
-    alignas(32) uint8_t order[PIECE];
-    const int steps = lane / 4;
-    for (int i = 0; i < PIECE; ++i)
-        order[i] = static_cast<uint8_t>(i / lane * lane + i % lane / 4 + i % 4 * steps);
-    return _mm256_load_si256(reinterpret_cast<const __m256i*>(order));
 }
 
 // Splits 32 codes into planes: the lowest eight bits, signed; what is left is shifted down.
@@ -128,9 +61,11 @@ INLINE void write_codes(const Matrix& w, __m512i code[2], float scale, __m256i o
 // One token's inputs. Returns whether they are finite (int8 activations always pass: their scale says NaN).
 template <int P>
 TARGET bool fill_token(const Matrix& w, const Inputs& in, const StripPlan& plan, int64_t token) {
-    const Piece* pieces = static_cast<const Piece*>(plan.pieces);
+    const Piece* pieces = plan.pieces;
     Codes<P>* to = static_cast<Codes<P>*>(plan.codes) + token;
-    const __m256i order = order_of(plan.lane);
+    alignas(32) uint8_t places[PIECE];
+    order_columns(plan.lane, places);
+    const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(places));
     const int64_t at = token * w.columns;
     __mmask16 bad = 0;
     __m512i code[2];
@@ -275,29 +210,16 @@ StripPlan::Dot choose_dot(int bits, bool dense) {
 }
 
 template <int P>
-void choose(const Matrix& w, const Inputs& in, StripPlan* plan) {
-    plan->codes = scratch<Codes<P>>(1, in.count * plan->count);
+void choose(const Matrix& w, StripPlan* plan) {
     plan->fill = fill_token<P>;
     plan->dot = plan->zeros ? choose_dot<P, true>(w.bits, is_dense(w)) : choose_dot<P, false>(w.bits, is_dense(w));
 }
 
 }  // namespace
 
-bool fits_strips(const Matrix& w, const Inputs& in) {
-    if (w.table || (w.groups > 1 && w.group % 4)) return false;
-    return in.activation == PLAIN || in.group >= w.columns || in.group % make_lane(w) == 0;
-}
-
 StripPlan plan_strips(const Matrix& w, const Inputs& in) {
-    StripPlan plan;
-    plan.zeros = w.zero_point || w.midpoint != static_cast<int32_t>(w.midpoint);
-    plan.lane = make_lane(w);
-    const int64_t ends = w.groups + (in.activation == PLAIN ? 0 : w.columns / in.group);
-    Piece* pieces = scratch<Piece>(0, w.columns / PIECE + ends + 3);
-    plan.pieces = pieces;
-    plan.count = make_pieces(w, in, pieces);
-    const int planes = plane_count(in);
-    planes == 1 ? choose<1>(w, in, &plan) : planes == 2 ? choose<2>(w, in, &plan) : choose<3>(w, in, &plan);
+    StripPlan plan = start_plan(w, in);
+    plan.planes == 1 ? choose<1>(w, &plan) : plan.planes == 2 ? choose<2>(w, &plan) : choose<3>(w, &plan);
     return plan;
 }
 
@@ -332,10 +254,6 @@ TARGET void run_strips(const Matrix& w, const Inputs& in, const StripPlan& plan)
     }
 }
 
-RowRange strip_rows(const Matrix& w) {
-    const int64_t units = (w.rows + UNIT - 1) / UNIT, threads = omp_get_num_threads(), me = omp_get_thread_num();
-    const int64_t last = units * (me + 1) / threads * UNIT;
-    return {units * me / threads * UNIT, last < w.rows ? last : w.rows};
-}
+RowRange strip_rows(const Matrix& w) { return share_rows(w.rows, UNIT); }
 
 #endif

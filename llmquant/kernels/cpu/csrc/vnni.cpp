@@ -20,14 +20,14 @@ void integer_linear(const Matrix& w, const Inputs& in) {
         run_strips(w, in, plan);
     }
     // Infinities and NaN have no fixed point: the plain kernel takes such inputs, at its own pace.
-    if (!finite) AVX512.linear(w, in);
+    if (!finite) PLAIN_AVX512.linear(w, in);
 }
 
 void linear(const Matrix& w, const Inputs& in) {
     if (fits_strips(w, in))
         integer_linear(w, in);
     else if (!float8_linear(w, in))
-        AVX512.linear(w, in);
+        PLAIN_AVX512.linear(w, in);
 }
 
 TARGET void rows(const Matrix& w, const int64_t* indices, int64_t count, int32_t type, void* out) {
@@ -50,7 +50,7 @@ TARGET void rows(const Matrix& w, const int64_t* indices, int64_t count, int32_t
 }
 
 bool present() {
-    return AVX512.present() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+    return PLAIN_AVX512.present() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
 }
 
 }  // namespace
