@@ -111,7 +111,7 @@ class Native:
     def _wants_panels(self, dtype: torch.dtype, count: int, weight: Packed) -> bool:
         """Whether torch's product on decoded panels is the faster one for that many inputs, more than a few."""
         most = self.traits.most_inputs.get(dtype)
-        if self.traits.plain and not self._has_integers(weight):
+        if (self.traits.plain or self.traits.most_inputs) and not self._has_integers(weight):
             most = _FEW
         return most is not None and count > most
 

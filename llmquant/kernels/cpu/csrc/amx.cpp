@@ -447,24 +447,6 @@ TILES void store_tiles(const Panel& panel, const Inputs& in, const float* sums, 
     for (; bad; bad &= bad - 1) __atomic_store_n(plain + token + __builtin_ctz(bad), 1, __ATOMIC_RELAXED);
 }
 
-// The inputs from token `first` on, `count` of them.
-Inputs part_of(const Matrix& w, const Inputs& in, int64_t first, int64_t count) {
-    const int64_t size = in.type == FLOAT_F32 ? 4 : 2;
-    Inputs part = in;
-    part.x = static_cast<const uint8_t*>(in.x) + first * w.columns * size;
-    part.out = static_cast<uint8_t*>(in.out) + first * w.rows * size;
-    part.count = count;
-    return part;
-}
-
-// The marked tokens by the plain kernel, as many in one go as lie side by side.
-void plain_linear(const Matrix& w, const Inputs& in, const uint8_t* plain) {
-    for (int64_t first = 0, last; first < in.count; first = last) {
-        for (last = first + 1; last < in.count && plain[last] == plain[first];) ++last;
-        if (plain[first]) AVX512.linear(w, part_of(w, in, first, last - first));
-    }
-}
-
 TILES void tile_linear(const Matrix& w, const Inputs& in) {
     const int IN = input_parts(in);
     const int64_t threads = omp_get_max_threads();
@@ -522,7 +504,7 @@ TILES void tile_linear(const Matrix& w, const Inputs& in) {
         }
         _tile_release();
     }
-    if (IN > 1) plain_linear(w, in, plain);
+    if (IN > 1) redo_marked(PLAIN_AVX512, w, in, plain);
 }
 
 // As many tokens at a time as keep the packed inputs small.

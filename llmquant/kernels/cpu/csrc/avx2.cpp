@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int STRIP = 8, UNIT = STRIP * STRIPS;  // rows of a strip, and rows that are done together
+constexpr int STRIP = 8, STRIPS = 2, UNIT = STRIP * STRIPS;  // rows of a strip, strips that share the inputs, their rows
 constexpr int RING = 16;                         // turned vectors of a strip that are kept
 
 // How codes lie in a vector: packed, or a byte each, cut from up to four bits, from five to seven, or bytes before.
@@ -204,14 +204,14 @@ void linear(const Matrix& w, const Inputs& in, ChooseDot choose_dot, const Kerne
     StripPlan plan = start_plan(w, in);
     plan.fill = plan.planes == 1 ? fill_token<1> : plan.planes == 2 ? fill_token<2> : fill_token<3>;
     plan.dot = choose_dot(w, plan);
-    bool finite = true;
-#pragma omp parallel reduction(&& : finite)
+    uint8_t* bad = scratch<uint8_t>(7, in.count);
+#pragma omp parallel
     {
 #pragma omp for schedule(static)
-        for (int64_t token = 0; token < in.count; ++token) finite = plan.fill(w, in, plan, token) && finite;
+        for (int64_t token = 0; token < in.count; ++token) bad[token] = !plan.fill(w, in, plan, token);
         run(w, in, plan);
     }
-    if (!finite) plain.linear(w, in);
+    redo_marked(plain, w, in, bad);
 }
 
 void linear_vnni(const Matrix& w, const Inputs& in) { linear(w, in, vnni::choose_dot, PLAIN_AVX2); }

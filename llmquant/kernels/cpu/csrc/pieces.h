@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "matrix.h"
+#include "floats.h"
 #include "scratch.h"
 
 // The rows at hand, up to 16 a strip: where they begin, and their scales and zeros turned over, [groups, rows].
@@ -39,7 +39,6 @@ struct RowRange {
 namespace {
 
 constexpr int QUADS = 8, PIECE = 4 * QUADS;  // fours of columns, and columns, of a piece
-constexpr int STRIPS = 2;                    // strips that share each load of the inputs
 constexpr int64_t MOST = 64;                 // inputs that share a decoded strip: their sums stay in the first cache
 
 // The inputs as planes: for each piece and token, P times the codes of 32 columns in the order in which the steps meet
@@ -86,10 +85,22 @@ inline int64_t make_pieces(const Matrix& w, const Inputs& in, Piece* pieces) {
     return count;
 }
 
+// Whether groups have zeros of their own, or the middle is no whole number.
+inline bool has_zeros(const Matrix& w) { return w.zero_point || w.midpoint != static_cast<int32_t>(w.midpoint); }
+
+// The power of two under which the largest of some numbers becomes a code of `reach` + 1 bits. Zeros get the scale 0:
+// products with the least exponent would be subnormal, which takes a detour.
+inline float fixed_point(float largest, int reach, float* inverse) {
+    int exponent = static_cast<int>(bits_of(largest) >> 23) - 127 - reach;
+    exponent = exponent < -126 ? -126 : exponent;
+    *inverse = float_of(static_cast<uint32_t>(127 - exponent) << 23);
+    return largest > 0 ? float_of(static_cast<uint32_t>(exponent + 127) << 23) : 0.f;
+}
+
 // A plan but for its functions.
 inline StripPlan start_plan(const Matrix& w, const Inputs& in) {
     StripPlan plan{};
-    plan.zeros = w.zero_point || w.midpoint != static_cast<int32_t>(w.midpoint);
+    plan.zeros = has_zeros(w);
     plan.planes = plane_count(in);
     plan.lane = make_lane(w);
     const int64_t ends = w.groups + (in.activation == PLAIN ? 0 : w.columns / in.group);

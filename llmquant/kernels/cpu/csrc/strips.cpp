@@ -20,7 +20,8 @@
 
 namespace {
 
-constexpr int STRIP = 16, UNIT = STRIP * STRIPS;  // rows of a strip, and rows that are done together
+constexpr int STRIP = 16, STRIPS = 1, UNIT = STRIP * STRIPS;  // rows of a strip, strips that are done together, their rows
+constexpr int64_t AHEAD = 512;                    // bytes of each row that are fetched ahead
 constexpr int RING = 32;                          // turned vectors of a strip that are kept
 
 // 32 floats of a piece as codes under a power of two. `reach`: the exponent of the largest code. Returns the scale; sets
@@ -32,13 +33,10 @@ INLINE float fix_floats(const Inputs& in, int64_t at, int64_t count, int reach, 
         top = _mm512_max_ps(top, _mm512_abs_ps(x[i]));
         *bad |= _mm512_fpclass_ps_mask(x[i], 0x99);  // infinities and NaN
     }
-    const float largest = _mm512_reduce_max_ps(top);
-    int exponent = static_cast<int>(bits_of(largest) >> 23) - 127 - reach;
-    exponent = exponent < -126 ? -126 : exponent;
-    const __m512 inverse = _mm512_set1_ps(float_of(static_cast<uint32_t>(127 - exponent) << 23));
-    for (int i = 0; i < 2; ++i) code[i] = _mm512_cvtps_epi32(_mm512_mul_ps(x[i], inverse));
-    // Zeros get the scale 0: products with the least exponent would be subnormal, which takes a detour.
-    return largest > 0 ? float_of(static_cast<uint32_t>(exponent + 127) << 23) : 0.f;
+    float inverse;
+    const float scale = fixed_point(_mm512_reduce_max_ps(top), reach, &inverse);
+    for (int i = 0; i < 2; ++i) code[i] = _mm512_cvtps_epi32(_mm512_mul_ps(x[i], _mm512_set1_ps(inverse)));
+    return scale;
 }
 
 // Splits 32 codes into planes: the lowest eight bits, signed; what is left is shifted down.
@@ -91,10 +89,10 @@ TARGET bool fill_token(const Matrix& w, const Inputs& in, const StripPlan& plan,
     return true;
 }
 
-// Scales and zeros of 16 rows from `first` on.
-TARGET void turn_groups(const Matrix& w, int64_t first, const Cutter& cutter, float* scale, float* zero) {
+// Scales and zeros of 16 rows.
+TARGET void turn_groups(const Matrix& w, const int64_t* at, const Cutter& cutter, float* scale, float* zero) {
     int64_t rows[STRIP];
-    for (int i = 0; i < STRIP; ++i) rows[i] = (first + i < w.rows ? first + i : w.rows - 1) / w.shared;
+    for (int i = 0; i < STRIP; ++i) rows[i] = at[i] / w.shared;
     __m512i v[STRIP];
     for (int64_t g = 0; g < w.groups; g += 16) {
         const __mmask16 present = first_lanes(w.groups - g);
@@ -115,6 +113,13 @@ TARGET void turn_groups(const Matrix& w, int64_t first, const Cutter& cutter, fl
     }
 }
 
+void fetch_groups(const Matrix& w, const int64_t* at) {
+    const int64_t bytes = w.groups * (w.scale_type == FLOAT_F32 ? 4 : 2);
+    for (int i = 0; i < STRIP; ++i)
+        for (int64_t k = 0; k < bytes; k += 64)
+            __builtin_prefetch(static_cast<const uint8_t*>(w.scale) + at[i] / w.shared * bytes + k);
+}
+
 enum Kind { DENSE1 = 1, DENSE2 = 2, DENSE4 = 4, BYTES = 8, CUT = 0 };
 
 // Sums of tokens `first` to `first` + count - 1: [count, STRIPS, 16] floats.
@@ -125,13 +130,11 @@ TARGET __attribute__((noinline)) void dot(const Matrix& w, const StripPlan& plan
                                           int64_t tokens, int64_t count, float* totals) {
     constexpr int STEPS = KIND == DENSE1 ? 8 : KIND == DENSE2 ? 4 : KIND == DENSE4 ? 2 : 1;
     constexpr int LANES = QUADS / STEPS;  // a piece
-    const Piece* pieces = static_cast<const Piece*>(plan.pieces);
+    const Piece* pieces = plan.pieces;
     const Codes<P>* inputs = static_cast<const Codes<P>*>(plan.codes) + first;
     const Cutter cutter = make_cutter(w.bits);
     const int bytes = KIND == CUT ? cutter.chunk_bytes : 64;
     const __m512i mask = _mm512_set1_epi8((1 << (KIND ? KIND : 1)) - 1);
-    const int64_t lines = UNIT * bytes / 64;  // cache lines of a block of all rows
-    const uint8_t* next = unit.data[0] + UNIT * w.row_bytes;
     // Turned vectors; the first ones are kept behind the last, too, so that a piece never meets the end.
     alignas(64) __m512i ring[STRIPS][RING + QUADS];
     for (int64_t m = 0; m < count * STRIPS; ++m) _mm512_store_ps(totals + STRIP * m, _mm512_setzero_ps());
@@ -140,9 +143,6 @@ TARGET __attribute__((noinline)) void dot(const Matrix& w, const StripPlan& plan
         const int64_t lane = pieces[i].start / (4 * STEPS);
         for (; filled < lane + LANES; filled += 16) {
             const int64_t block = filled / 16 * bytes;
-            // Meanwhile the next unit is fetched, in the order in which it lies in memory.
-            for (int64_t line = 0; line < lines; ++line, next += 64)
-                _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
             const __mmask64 present = present_bytes(w.row_bytes, filled / 16, bytes);
             for (int s = 0; s < STRIPS; ++s) {
                 __m512i v[16];
@@ -158,6 +158,10 @@ TARGET __attribute__((noinline)) void dot(const Matrix& w, const StripPlan& plan
                     for (int r = 0; r < QUADS; ++r) ring[s][RING + r] = v[r];
             }
         }
+        // Each piece fetches for some of the rows: all at once they would hold up everything else.
+        constexpr int PIECES = 16 / LANES, ROWS = UNIT / PIECES;
+        for (int r = 0; r < ROWS; ++r)
+            _mm_prefetch(reinterpret_cast<const char*>(unit.data[i % PIECES * ROWS + r] + lane / 16 * bytes + AHEAD), _MM_HINT_T0);
         __m512i code[STRIPS][QUADS];
         __m512 scale[STRIPS], zero[STRIPS];
         for (int s = 0; s < STRIPS; ++s) {
@@ -179,7 +183,8 @@ TARGET __attribute__((noinline)) void dot(const Matrix& w, const StripPlan& plan
 #pragma GCC unroll 3
             for (int p = P - 1; p >= 0; --p) {
                 const __m512i start = ZEROS ? _mm512_setzero_si512() : _mm512_set1_epi32(in->sums[p]);
-                __m512i sum[STRIPS] = {start, start};
+                __m512i sum[STRIPS];
+                for (__m512i& one : sum) one = start;
 #pragma GCC unroll 8
                 for (int q = 0; q < QUADS; ++q) {
                     int32_t four;
@@ -200,6 +205,20 @@ TARGET __attribute__((noinline)) void dot(const Matrix& w, const StripPlan& plan
                 _mm512_store_ps(total, _mm512_fmadd_ps(both, value[s], _mm512_load_ps(total)));
             }
         }
+    }
+}
+
+// The outputs of 16 rows for a token.
+INLINE void store_rows(const Matrix& w, const Inputs& in, int64_t token, const int64_t* rows, __m512 sums) {
+    alignas(64) float bias[STRIP] = {}, found[STRIP];
+    for (int r = 0; in.bias && r < STRIP; ++r) bias[r] = load_float(in.bias, rows[r], in.bias_type);
+    store_floats(found, 0, in.type, 0xffff, _mm512_add_ps(sums, _mm512_load_ps(bias)));
+    const int64_t at = token * w.rows;
+    for (int r = 0; r < STRIP; ++r) {
+        if (in.type == FLOAT_F32)
+            static_cast<float*>(in.out)[at + rows[r]] = found[r];
+        else
+            std::memcpy(static_cast<uint16_t*>(in.out) + at + rows[r], reinterpret_cast<uint8_t*>(found) + 2 * r, 2);
     }
 }
 
@@ -226,30 +245,37 @@ StripPlan plan_strips(const Matrix& w, const Inputs& in) {
 TARGET void run_strips(const Matrix& w, const Inputs& in, const StripPlan& plan) {
     const Cutter cutter = make_cutter(w.bits);
     const RowRange mine = strip_rows(w);
-    const int64_t groups = (w.groups + 15) / 16 * 16;
+    const int64_t groups = (w.groups + 15) / 16 * 16, step = (mine.last - mine.first + UNIT - 1) / UNIT;
     float* turned = scratch<float>(5, 2 * UNIT * groups);
     float* totals = scratch<float>(6, MOST * UNIT);
-    StripUnit unit;
+    StripUnit unit{};
     for (int s = 0; s < STRIPS; ++s) {
         unit.scale[s] = turned + 2 * s * STRIP * groups;
         unit.zero[s] = unit.scale[s] + STRIP * groups;
     }
-    for (int64_t row = mine.first; row < mine.last; row += UNIT) {
-        for (int64_t r = 0; r < UNIT; ++r)
-            unit.data[r] = w.qdata + (row + r < w.rows ? row + r : w.rows - 1) * w.row_bytes;
+    // Rows that are done together lie far apart: each is part of a stream of its own, which the processor foresees. They are
+    // one row out of step, lest they all fall into the same places of the caches.
+    const auto row_at = [&](int64_t r, int64_t i) {
+        const int64_t row = mine.first + r * step + (i + r) % step;
+        return row < mine.last ? row : mine.last - 1;
+    };
+    int64_t rows[UNIT];
+    for (int64_t i = 0; i < step; ++i) {
+        for (int64_t r = 0; r < UNIT; ++r) {
+            rows[r] = row_at(r, i);
+            unit.data[r] = w.qdata + rows[r] * w.row_bytes;
+        }
         for (int s = 0; s < STRIPS; ++s)
-            turn_groups(w, row + STRIP * s, cutter, unit.scale[s], plan.zeros ? unit.zero[s] : nullptr);
+            turn_groups(w, rows + STRIP * s, cutter, unit.scale[s], plan.zeros ? unit.zero[s] : nullptr);
+        int64_t next[UNIT];
+        for (int64_t r = 0; r < UNIT; ++r) next[r] = row_at(r, i + 1);
+        for (int s = 0; s < STRIPS; ++s) fetch_groups(w, next + STRIP * s);
         for (int64_t k = 0; k < in.count; k += MOST) {
             const int64_t count = in.count - k < MOST ? in.count - k : MOST;
             plan.dot(w, plan, unit, k, in.count, count, totals);
-            for (int s = 0; s < STRIPS; ++s) {
-                const int64_t at = row + STRIP * s;
-                const __mmask16 present = first_lanes(w.rows - at);
-                const __m512 bias = in.bias ? load_floats(in.bias, at, in.bias_type, present) : _mm512_setzero_ps();
+            for (int s = 0; s < STRIPS; ++s)
                 for (int64_t m = 0; m < count; ++m)
-                    store_floats(in.out, (k + m) * w.rows + at, in.type, present,
-                                 _mm512_add_ps(_mm512_load_ps(totals + (m * STRIPS + s) * STRIP), bias));
-            }
+                    store_rows(w, in, k + m, rows + STRIP * s, _mm512_load_ps(totals + (m * STRIPS + s) * STRIP));
         }
     }
 }

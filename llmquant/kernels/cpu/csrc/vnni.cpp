@@ -6,26 +6,40 @@
 
 #include "decode.h"
 #include "float8.h"
+#include "rows.h"
 #include "strips.h"
 
 namespace {
 
-void integer_linear(const Matrix& w, const Inputs& in) {
-    const StripPlan plan = plan_strips(w, in);
-    bool finite = true;
-#pragma omp parallel reduction(&& : finite)
+// A plan and how a thread runs its share of it: rows one by one for very few inputs, else strips.
+template <typename Plan>
+void integer_linear(const Matrix& w, const Inputs& in, const Plan& plan, void (*run)(const Matrix&, const Inputs&, const Plan&)) {
+    uint8_t* bad = scratch<uint8_t>(7, in.count);
+#pragma omp parallel
     {
 #pragma omp for schedule(static)
-        for (int64_t token = 0; token < in.count; ++token) finite = plan.fill(w, in, plan, token) && finite;
-        run_strips(w, in, plan);
+        for (int64_t token = 0; token < in.count; ++token) bad[token] = !plan.fill(w, in, plan, token);
+        run(w, in, plan);
     }
-    // Infinities and NaN have no fixed point: the plain kernel takes such inputs, at its own pace.
-    if (!finite) PLAIN_AVX512.linear(w, in);
+    redo_marked(PLAIN_AVX512, w, in, bad);
+}
+
+template <typename Plan>
+void integer_linear_in_region(const Matrix& w, const Inputs& in, const Plan& plan, RowRange mine,
+                              void (*run)(const Matrix&, const Inputs&, const Plan&)) {
+    bool* finite = scratch<bool>(7, in.count);
+    for (int64_t token = 0; token < in.count; ++token) finite[token] = plan.fill(w, in, plan, token);
+    run(w, in, plan);
+    for (int64_t token = 0; token < in.count; ++token)
+        for (int64_t row = mine.first; !finite[token] && row < mine.last; ++row)
+            store_float(in.out, token * w.rows + row, in.type, std::numeric_limits<float>::quiet_NaN());
 }
 
 void linear(const Matrix& w, const Inputs& in) {
-    if (fits_strips(w, in))
-        integer_linear(w, in);
+    if (fits_rows(w, in))
+        integer_linear(w, in, plan_rows(w, in), run_rows);
+    else if (fits_strips(w, in))
+        integer_linear(w, in, plan_strips(w, in), run_strips);
     else if (!float8_linear(w, in))
         PLAIN_AVX512.linear(w, in);
 }
@@ -58,14 +72,10 @@ bool present() {
 // Inside a parallel region: every thread prepares the inputs for itself, which for few of them is cheaper than waiting.
 // The outputs of a token that has an infinity or NaN are NaN.
 void linear_in_region(const Matrix& w, const Inputs& in) {
-    const StripPlan plan = plan_strips(w, in);
-    bool* finite = scratch<bool>(7, in.count);
-    for (int64_t token = 0; token < in.count; ++token) finite[token] = plan.fill(w, in, plan, token);
-    run_strips(w, in, plan);
-    const RowRange mine = strip_rows(w);
-    for (int64_t token = 0; token < in.count; ++token)
-        for (int64_t row = mine.first; !finite[token] && row < mine.last; ++row)
-            store_float(in.out, token * w.rows + row, in.type, std::numeric_limits<float>::quiet_NaN());
+    if (fits_rows(w, in))
+        integer_linear_in_region(w, in, plan_rows(w, in), share_rows(w.rows, 1), run_rows);
+    else
+        integer_linear_in_region(w, in, plan_strips(w, in), strip_rows(w), run_strips);
 }
 
 const Kernels VNNI = {"avx512_vnni", present, linear, rows};
