@@ -34,7 +34,7 @@ constexpr int64_t MOST_PACKED = 16 << 20;    // bytes of inputs that are packed 
 constexpr float TINY = 0x1p-64f;             // parts of a token with no larger input may come to nothing
 // Inputs from which tiles are faster than vectors: float32, float16, bfloat16; int8 codes; int8 codes that become
 // bfloat16.
-constexpr int64_t FEWEST_PLAIN[] = {8, 10, 7}, FEWEST_CODES = 6, FEWEST_MIXED = 10;
+constexpr int64_t FEWEST_PLAIN[] = {8, 10, 10}, FEWEST_CODES = 6, FEWEST_MIXED = 20;
 
 int input_parts(const Inputs& in) { return in.type == FLOAT_F32 ? 3 : in.type == FLOAT_F16 ? 2 : 1; }
 

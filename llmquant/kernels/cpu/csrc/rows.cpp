@@ -167,7 +167,16 @@ INLINE Unpacker make_unpacker(int kind, int bits) {
             _mm512_set1_epi8(static_cast<char>((1 << bits) - 1))};
 }
 
-// TOGETHER rows against M inputs of P planes each: out [TOGETHER, M].
+// The sums over the lanes of four vectors.
+INLINE __m128 add_lanes(const __m512 v[TOGETHER]) {
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    const __m512 four = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
+}
+
+// TOGETHER rows against M inputs of P planes each: out [M, TOGETHER].
 // ZEROS: a zero a group, taken off as a float (exact: products of it are below 2^24), else the whole midpoint, which
 // the sums start from.
 template <int P, int M, int KIND, bool ZEROS>
@@ -233,8 +242,11 @@ TARGET __attribute__((noinline)) void dot(const RowsPlan& plan, const uint8_t* c
             }
         }
     }
-    for (int r = 0; r < R; ++r)
-        for (int m = 0; m < M; ++m) out[r * M + m] = _mm512_reduce_add_ps(total[r][m]);
+    for (int m = 0; m < M; ++m) {
+        __m512 sums[R];
+        for (int r = 0; r < R; ++r) sums[r] = total[r][m];
+        _mm_store_ps(out + m * R, add_lanes(sums));
+    }
 }
 
 template <int P, int M, bool ZEROS>
@@ -288,7 +300,7 @@ TARGET void run_rows(const Matrix& w, const Inputs& in, const RowsPlan& plan) {
     Groups groups[2][R];
     for (int i = 0; i < 2 * R; ++i) groups[i / R][i % R] = make_groups(w, i, 2 * R);
     for (int r = 0; r < R && step; ++r) read_groups(w, row_at(r, 0), cutter, groups[0][r].scale, groups[0][r].zero);
-    float found[R * MOST_PLANES];
+    alignas(16) float found[R * MOST_PLANES];
     for (int64_t i = 0; i < step; ++i) {
         const uint8_t* data[R];
         const float *scales[R], *zeros[R];
@@ -304,7 +316,7 @@ TARGET void run_rows(const Matrix& w, const Inputs& in, const RowsPlan& plan) {
             const int64_t row = row_at(r, i);
             const float add = in.bias ? load_float(in.bias, row, in.bias_type) : 0.f;
             for (int64_t m = 0; m < in.count; ++m)
-                store_float(in.out, m * w.rows + row, in.type, found[r * in.count + m] + add);
+                store_float(in.out, m * w.rows + row, in.type, found[m * R + r] + add);
         }
     }
 }

@@ -24,6 +24,8 @@ constexpr int STRIP = 16, STRIPS = 1, UNIT = STRIP * STRIPS;  // rows of a strip
 constexpr int64_t AHEAD = 512;                    // bytes of each row that are fetched ahead
 constexpr int RING = 32;                          // turned vectors of a strip that are kept
 
+using half_t = uint16_t __attribute__((may_alias));
+
 // 32 floats of a piece as codes under a power of two. `reach`: the exponent of the largest code. Returns the scale; sets
 // `bad` where an input is not finite.
 INLINE float fix_floats(const Inputs& in, int64_t at, int64_t count, int reach, __m512i code[2], __mmask16* bad) {
@@ -208,17 +210,25 @@ TARGET __attribute__((noinline)) void dot(const Matrix& w, const StripPlan& plan
     }
 }
 
-// The outputs of 16 rows for a token.
-INLINE void store_rows(const Matrix& w, const Inputs& in, int64_t token, const int64_t* rows, __m512 sums) {
+template <typename Number>
+INLINE void scatter(const Number* found, Number* to, const int64_t* rows) {
+#pragma GCC unroll 16
+    for (int r = 0; r < STRIP; ++r) to[rows[r]] = found[r];
+}
+
+// The outputs of 16 rows for some tokens, from their sums [count, UNIT].
+TARGET void store_rows(const Matrix& w, const Inputs& in, int64_t first, int64_t count, const int64_t* rows,
+                       const float* totals) {
     alignas(64) float bias[STRIP] = {}, found[STRIP];
     for (int r = 0; in.bias && r < STRIP; ++r) bias[r] = load_float(in.bias, rows[r], in.bias_type);
-    store_floats(found, 0, in.type, 0xffff, _mm512_add_ps(sums, _mm512_load_ps(bias)));
-    const int64_t at = token * w.rows;
-    for (int r = 0; r < STRIP; ++r) {
+    const __m512 add = _mm512_load_ps(bias);
+    for (int64_t m = 0; m < count; ++m) {
+        store_floats(found, 0, in.type, 0xffff, _mm512_add_ps(_mm512_load_ps(totals + m * UNIT), add));
+        const int64_t at = (first + m) * w.rows;
         if (in.type == FLOAT_F32)
-            static_cast<float*>(in.out)[at + rows[r]] = found[r];
+            scatter(found, static_cast<float*>(in.out) + at, rows);
         else
-            std::memcpy(static_cast<uint16_t*>(in.out) + at + rows[r], reinterpret_cast<uint8_t*>(found) + 2 * r, 2);
+            scatter(reinterpret_cast<const half_t*>(found), static_cast<half_t*>(in.out) + at, rows);
     }
 }
 
@@ -273,9 +283,7 @@ TARGET void run_strips(const Matrix& w, const Inputs& in, const StripPlan& plan)
         for (int64_t k = 0; k < in.count; k += MOST) {
             const int64_t count = in.count - k < MOST ? in.count - k : MOST;
             plan.dot(w, plan, unit, k, in.count, count, totals);
-            for (int s = 0; s < STRIPS; ++s)
-                for (int64_t m = 0; m < count; ++m)
-                    store_rows(w, in, k + m, rows + STRIP * s, _mm512_load_ps(totals + (m * STRIPS + s) * STRIP));
+            for (int s = 0; s < STRIPS; ++s) store_rows(w, in, k, count, rows + STRIP * s, totals + STRIP * s);
         }
     }
 }
