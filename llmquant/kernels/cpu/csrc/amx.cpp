@@ -517,7 +517,9 @@ void in_parts(const Matrix& w, const Inputs& in, const Run& run) {
 
 void linear(const Matrix& w, const Inputs& in) {
     if (in.count >= FEWEST_CODES && fits_int8_tiles(w, in)) return in_parts(w, in, int8_tile_linear);
-    const bool plain = in.activation == PLAIN, many = in.count >= (plain ? FEWEST_PLAIN[in.type] : FEWEST_MIXED);
+    const bool plain = in.activation == PLAIN, wide = w.bits > 5 && !w.table;
+    const int64_t fewest = plain && !wide ? FEWEST_PLAIN[in.type] : FEWEST_MIXED;
+    const bool many = in.count >= fewest;
     if (!many || (in.type != FLOAT_BF16 && !plain)) return VNNI.linear(w, in);
     in_parts(w, in, tile_linear);
 }
