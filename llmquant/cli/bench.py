@@ -32,8 +32,13 @@ def bench(
         typer.Option(help=f"Scheme to time, for instance int4-g64; may repeat. Default: {', '.join(SCHEMES)}."),
     ] = None,
     tokens: Annotated[
-        str, typer.Option("--tokens", "-m", help="Rows of the input (M): 1 is decoding, many are reading a prompt.")
-    ] = "1,4,16,128",
+        list[str] | None,
+        typer.Option(
+            "--tokens",
+            "-m",
+            help="Rows of the input (M): 1 is decoding, many are reading a prompt; may repeat. Default: 1,4,16,128.",
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the inputs: bfloat16, float16 or float32.")] = "bfloat16",
     dense: Annotated[
         str, typer.Option(help="Plain weights to compare with, each with inputs of its own dtype.")
@@ -79,7 +84,7 @@ def bench(
     record = run(
         shapes=[parse_shape(text) for text in shape or ["4096x4096"]],
         schemes=scheme or SCHEMES,
-        tokens=parse_counts(tokens),
+        tokens=parse_counts(",".join(tokens or ["1,4,16,128"])),
         dtype=dtype,
         dense=[name for name in dense.split(",") if name],
         megabytes=None if in_cache else megabytes,

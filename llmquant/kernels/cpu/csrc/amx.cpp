@@ -19,15 +19,13 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "decode.h"
-#include "tiles.h"
+#include "panel.h"
 
 bool fits_int8_tiles(const Matrix& w, const Inputs& in);
 void int8_tile_linear(const Matrix& w, const Inputs& in);
 
 namespace {
 
-constexpr int64_t WIDTH = 32;                // columns of a tile
 constexpr int64_t PANEL = 256, DEPTH = 512;  // rows and columns that are decoded at a time ...
 constexpr int64_t DEPTH_OF_PARTS = 128;      // ... and columns where inputs have several parts
 constexpr int64_t MOST_PACKED = 16 << 20;    // bytes of inputs that are packed at a time
@@ -43,31 +41,6 @@ INLINE __m512i load_bfloats(const uint16_t* x, int64_t left) {
     const __mmask32 present = left >= 32 ? ~0u : (1u << (left > 0 ? left : 0)) - 1;
     return _mm512_maskz_loadu_epi16(present, x);
 }
-
-alignas(64) constexpr uint16_t UPPER_HALVES[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-                                                   33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-
-// 32 numbers, from which one part after the other is taken.
-struct Numbers {
-    __m512 low, high;
-
-    // Part `p` of `parts`: what is nearest to the numbers, which keep the rest.
-    __attribute__((always_inline)) TILES inline __m512i take_part(int p, int parts) {
-        if (p + 1 == parts) return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-        const __m512 near_low = round(low), near_high = round(high);
-        low = _mm512_sub_ps(low, near_low);
-        high = _mm512_sub_ps(high, near_high);
-        const __m512i upper = _mm512_load_si512(UPPER_HALVES);
-        return _mm512_permutex2var_epi16(_mm512_castps_si512(near_low), upper, _mm512_castps_si512(near_high));
-    }
-
-   private:
-    // To as many bits as bfloat16 has. A NaN may be lost here, but not in the rest.
-    __attribute__((always_inline)) TILES static inline __m512 round(__m512 value) {
-        const __m512i up = _mm512_add_epi32(_mm512_castps_si512(value), _mm512_set1_epi32(0x8000));
-        return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
-    }
-};
 
 // The token's int8 activations, decoded again and rounded to bfloat16.
 TARGET void decode_activations(const Inputs& in, int64_t token, int64_t columns, uint16_t* out) {
@@ -127,224 +100,6 @@ TILES void pack_parts(const Matrix& w, const Inputs& in, int64_t first, uint8_t*
         plain[first + i] = top > 0 && top <= TINY;
     }
 }
-
-// --- weights as bfloat16 ------------------------------------------------------------------------------------
-
-// How codes become bfloat16 numbers, or the parts of them.
-//   TABLE: up to five bits: the values of all codes, taken apart once a group, and `vpermw` looks them up;
-//   NUMBERS: more bits: converted, zero taken off, multiplied by the scale;
-//   FLOAT8: tables of bytes; any other table goes through float32.
-// Where a row has one scale it is left out here, which is exact, and multiplied with the sums.
-enum How { TABLE, NUMBERS, FLOAT8, OTHER };
-
-struct Panel {
-    // What is alike for all rows of a panel: the columns, the bytes of a row of tiles, the groups of the columns, the
-    // cache lines of a row's codes, and how far behind the row's start the codes lie that are wanted next.
-    struct Block {
-        int64_t start, stop, tile_bytes, group, groups, lines, ahead;
-    };
-
-    const Matrix& w;
-    const Cutter cutter;
-    const Groups groups;
-    const bool one_scale;
-    How how;
-    int parts;  // of a weight
-    void (Panel::*decode_block)(int64_t, int64_t, const Block&, uint8_t*) const;
-    ByteTable bytes;
-    alignas(64) uint8_t from[64], shifts[64];  // see `by_table`
-    alignas(64) float numbers[32];
-
-    TILES Panel(const Matrix& matrix, int most_parts)
-        : w(matrix), cutter(make_cutter(matrix.bits)), groups(make_groups(matrix)), one_scale(matrix.groups == 1) {
-        const bool halves = one_scale || w.group % 32 == 0;
-        if (w.table && w.bits == 8 && one_scale && make_byte_table(w.table, &bytes))
-            how = FLOAT8;
-        else
-            how = w.bits <= 5 && halves ? TABLE : !w.table && halves ? NUMBERS : OTHER;
-        const int needed = needed_parts();
-        parts = needed < most_parts ? needed : most_parts;
-        decode_block = parts == 1 ? choose_decoder<1>() : parts == 2 ? choose_decoder<2>() : choose_decoder<3>();
-        const int top = (1 << w.bits) - 1;
-        for (int i = 0; i < 64; ++i) {
-            const int first_bit = i / 8 * 4 * w.bits;
-            from[i] = static_cast<uint8_t>((first_bit / 8 + i % 8) & 31);
-            shifts[i] = static_cast<uint8_t>(first_bit % 8 + i % 8 / 2 * w.bits);
-        }
-        for (int i = 0; i < 32; ++i) numbers[i] = w.table ? w.table[i & top] : static_cast<float>(i & top);
-    }
-
-    // Rows first .. last - 1, columns start .. stop - 1 as tiles [rows / 16, chunks, parts] of 16 rows x 32
-    // columns.
-    TILES void decode(int64_t first, int64_t last, int64_t start, int64_t stop, uint8_t* out) const {
-        const int64_t tile_bytes = (stop - start + WIDTH - 1) / WIDTH * parts * TILE_BYTES;
-        Block at = {start, stop, tile_bytes, 0, 1, 0, stop * w.bits / 8};
-        if (!one_scale) at.group = start / w.group, at.groups = (stop - 1) / w.group + 1 - at.group;
-        at.lines = ((stop - start) * w.bits / 8 + 63) / 64;
-        // Rows are read piece by piece, which no hardware foresees: fetch the next piece, or the next panel's first.
-        if (stop >= w.columns) at.ahead = (last - first) * w.row_bytes;
-        (this->*decode_block)(first, last, at, out);
-    }
-
-    // The scales of 16 rows where they were left out.
-    TILES __m512 row_scales(int64_t row) const {
-        if (!one_scale || how == OTHER) return _mm512_set1_ps(1.f);
-        if (w.shared == 1) return load_floats(w.scale, row, w.scale_type, first_lanes(w.rows - row));
-        alignas(64) float scales[TILE];
-        for (int64_t i = 0; i < TILE; ++i)
-            scales[i] = load_float(w.scale, (row + i < w.rows ? row + i : w.rows - 1) / w.shared, w.scale_type);
-        return _mm512_load_ps(scales);
-    }
-
-   private:
-    // W parts hold 9 W - 1 bits (the next one's sign counts); a product has as many as its factors together.
-    int needed_parts() const {
-        if (how == FLOAT8) return 1;
-        const int scale = w.scale_type == FLOAT_F32 ? 24 : w.scale_type == FLOAT_F16 ? 11 : 8;
-        const int bits = (w.table ? 24 : w.bits) + (one_scale && how != OTHER ? 0 : scale);
-        return bits <= 8 ? 1 : bits <= 17 ? 2 : 3;
-    }
-
-    template <int W>
-    auto choose_decoder() const -> decltype(decode_block) {
-        const bool zeros = w.zero_point != nullptr;
-        if (how == NUMBERS) return &Panel::by_number<W>;
-        if (how == FLOAT8) return &Panel::by_bytes;
-        if (how == OTHER) return &Panel::by_float<W>;
-        if (w.bits <= 4) return zeros ? &Panel::by_table<true, true, W> : &Panel::by_table<true, false, W>;
-        return zeros ? &Panel::by_table<false, true, W> : &Panel::by_table<false, false, W>;
-    }
-
-    // Reads each row's scales and calls `decode_row(row, where its tiles begin)`.
-    template <typename DecodeRow>
-    __attribute__((always_inline)) TILES inline void each_row(int64_t first, int64_t last, const Block& at, uint8_t* out,
-                                                             const DecodeRow& decode_row) const {
-        for (int64_t row = first; row < last; ++row) {
-            const uint8_t* next = w.qdata + row * w.row_bytes + at.ahead;
-            for (int64_t line = 0; line < at.lines; ++line) _mm_prefetch(next + 64 * line, _MM_HINT_T1);
-            read_groups(w, row, cutter, groups.scale, groups.zero, at.group, at.group + at.groups);
-            decode_row(row, out + (row - first) / TILE * at.tile_bytes + (row - first) % TILE * 64);
-        }
-    }
-
-    // Calls `set(group)` for each group between two columns, and `put(column, to)` for each 32 columns of it.
-    template <int W, typename Set, typename Put>
-    __attribute__((always_inline)) TILES inline void by_groups(const Block& at, uint8_t* to, const Set& set,
-                                                              const Put& put) const {
-        int64_t g = at.group;
-        for (int64_t k = at.start; k < at.stop; ++g) {
-            const int64_t end = one_scale || (g + 1) * w.group > at.stop ? at.stop : (g + 1) * w.group;
-            set(g);
-            for (; k < end; k += WIDTH, to += W * TILE_BYTES) put(k, to);
-        }
-    }
-
-    // The packed bytes of the 32 codes from column `k` on, and more behind them, but never behind the row.
-    __attribute__((always_inline)) TILES inline __m512i packed_at(const uint8_t* data, int64_t k) const {
-        const int64_t byte = k * w.bits / 8, left = w.row_bytes - byte;
-        if (left >= 32) return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + byte)));
-        return _mm512_castsi256_si512(_mm256_maskz_loadu_epi8((1u << left) - 1, data + byte));
-    }
-
-    // Four codes a 64-bit lane: `vpermb` brings the bytes they lie in, `vpmultishiftqb` each one to a word, with other
-    // bits above it; `vpermw` looks at five, so the table repeats itself where codes are shorter (SHORT).
-    template <bool SHORT, bool ZEROS, int W>
-    TILES void by_table(int64_t first, int64_t last, const Block& at, uint8_t* out) const {
-        const __m512i bytes_from = _mm512_load_si512(from), shift = _mm512_load_si512(shifts);
-        const __m512 middle = _mm512_set1_ps(ZEROS || w.table ? 0.f : w.midpoint);
-        const __m512 low = _mm512_sub_ps(_mm512_load_ps(numbers), middle);
-        const __m512 high = _mm512_sub_ps(_mm512_load_ps(numbers + 16), middle);
-        const int64_t step = 4 * w.bits, pieces = (at.stop - at.start + WIDTH - 1) / WIDTH;
-        const int64_t per = one_scale ? pieces : w.group / WIDTH, head = one_scale ? per : per - at.start % w.group / WIDTH;
-        const bool scaled = !one_scale;
-        // From so many pieces 32 bytes can be read without leaving the row.
-        const int64_t safe = w.row_bytes < 32 ? 0 : (w.row_bytes - 32) / step - at.start / WIDTH + 1;
-        each_row(first, last, at, out, [&](int64_t row, uint8_t* to) TILES __attribute__((always_inline)) {
-            const uint8_t* packed = w.qdata + row * w.row_bytes + at.start / WIDTH * step;
-            const uint8_t* end = w.qdata + (row + 1) * w.row_bytes;
-            const float *scale = groups.scale + at.group, *zero = groups.zero + at.group;
-            __m512i table[W] = {};
-            for (int64_t i = 0, left = 0; i < pieces; ++i, packed += step, to += W * TILE_BYTES) {
-                if (left-- == 0) {
-                    const __m512 s = _mm512_set1_ps(scaled ? *scale++ : 1.f), z = _mm512_set1_ps(ZEROS ? *zero++ : 0.f);
-                    Numbers values;
-                    values.low = _mm512_mul_ps(ZEROS ? _mm512_sub_ps(low, z) : low, s);
-                    values.high = SHORT ? values.low : _mm512_mul_ps(ZEROS ? _mm512_sub_ps(high, z) : high, s);
-                    for (int p = 0; p < W; ++p) {
-                        table[p] = values.take_part(p, W);
-                        if (SHORT) values.high = values.low;
-                    }
-                    left = (i ? per : head) - 1;
-                }
-                const __m256i bytes = i < safe ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed))
-                                               : _mm256_maskz_loadu_epi8((1u << (end - packed)) - 1, packed);
-                const __m512i lanes = _mm512_permutexvar_epi8(bytes_from, _mm512_castsi256_si512(bytes));
-                const __m512i codes = _mm512_multishift_epi64_epi8(shift, lanes);
-                for (int p = 0; p < W; ++p)
-                    _mm512_store_si512(to + p * TILE_BYTES, _mm512_permutexvar_epi16(codes, table[p]));
-            }
-        });
-    }
-
-    template <int W>
-    TILES void by_number(int64_t first, int64_t last, const Block& at, uint8_t* out) const {
-        each_row(first, last, at, out, [&](int64_t row, uint8_t* to) TILES { number_row<W>(row, at, to); });
-    }
-
-    template <int W>
-    TILES void number_row(int64_t row, const Block& at, uint8_t* to) const {
-        const uint8_t* data = w.qdata + row * w.row_bytes;
-        __m512 scale = _mm512_setzero_ps(), zero = scale;
-        by_groups<W>(
-            at, to,
-            [&](int64_t g) TILES __attribute__((always_inline)) {
-                scale = _mm512_set1_ps(one_scale ? 1.f : groups.scale[g]);
-                zero = _mm512_set1_ps(groups.zero[g]);
-            },
-            [&](int64_t k, uint8_t* tile_row) TILES __attribute__((always_inline)) {
-                const __m256i codes = _mm512_castsi512_si256(cut_codes(packed_at(data, k), cutter));
-                const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(codes)));
-                const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(codes, 1)));
-                Numbers values = {_mm512_mul_ps(_mm512_sub_ps(low, zero), scale),
-                                  _mm512_mul_ps(_mm512_sub_ps(high, zero), scale)};
-                for (int p = 0; p < W; ++p) _mm512_store_si512(tile_row + p * TILE_BYTES, values.take_part(p, W));
-            });
-    }
-
-    TILES void by_bytes(int64_t first, int64_t last, const Block& at, uint8_t* out) const {
-        each_row(first, last, at, out, [&](int64_t row, uint8_t* to) TILES { byte_row(row, at, to); });
-    }
-
-    TILES void byte_row(int64_t row, const Block& at, uint8_t* to) const {
-        const uint8_t* data = w.qdata + row * w.row_bytes;
-        // `look_up_bytes` leaves columns in eights: 0, 2, 4, 6 of them in the first vector, the odd ones in the second.
-        const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-        for (int64_t k = at.start; k < at.stop; k += CHUNK, to += 2 * TILE_BYTES) {
-            __m512i first, second;
-            look_up_bytes(codes_of(data, w.row_bytes, k / CHUNK, cutter), bytes, &first, &second);
-            _mm512_store_si512(to, _mm512_permutex2var_epi64(first, low, second));
-            if (k + WIDTH < at.stop) _mm512_store_si512(to + TILE_BYTES, _mm512_permutex2var_epi64(first, high, second));
-        }
-    }
-
-    template <int W>
-    TILES void by_float(int64_t first, int64_t last, const Block& at, uint8_t* out) const {
-        each_row(first, last, at, out, [&](int64_t row, uint8_t* to) TILES { float_row<W>(row, at, to); });
-    }
-
-    template <int W>
-    TILES void float_row(int64_t row, const Block& at, uint8_t* to) const {
-        const Decoder decoder(w, groups, row);
-        for (int64_t k = at.start; k < at.stop; k += WIDTH, to += W * TILE_BYTES) {
-            const __m512i codes = decoder.codes(k / CHUNK);
-            const int q = k % CHUNK / 16;
-            // A tile's columns behind the row meet inputs of 0, so they need only be finite.
-            Numbers values = {decoder.floats(codes, k / CHUNK, q), _mm512_setzero_ps()};
-            if (k + 16 < at.stop) values.high = decoder.floats(codes, k / CHUNK, q + 1);
-            for (int p = 0; p < W; ++p) _mm512_store_si512(to + p * TILE_BYTES, values.take_part(p, W));
-        }
-    }
-};
 
 // Four tiles of sums: two tiles of rows in W parts against two of tokens in IN parts, `chunks` deep. Meanwhile `lines`
 // cache lines a chunk are fetched from `next` on.
