@@ -225,6 +225,6 @@ class ChainedStack:
 
 
 def sees_all(at: Place, caches: list[DynamicLayer]) -> bool:
-    """Whether a call's tokens look at all positions of caches that can grow in place, as torch's flash attention does."""
+    """Whether tokens look at all positions of caches that can grow in place, and torch would use flash attention."""
     everything = at.seen is None and torch.backends.cuda.flash_sdp_enabled()  # said of CPUs, too
     return everything and all(room_of(cache) is not None for cache in caches)
