@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from llmquant import QuantizedTensor, optimize, quantize_, restore
 from llmquant.integrations import lean
 from llmquant.kernels import cpu
+from llmquant.kernels.cpu import chain
 
 BF16, FP32 = torch.bfloat16, torch.float32
 NEW = 21
@@ -120,6 +121,21 @@ def test_logits_and_tokens_are_the_same(case: str, rows: int, short: list[int]) 
     assert report.layers == 2 and CASES[case].merged in (None, len(report.merged)), str(report)
     assert len(report.merged) + len(report.left) == 4
     assert {name for group in report.merged for name in group} <= dict(model.named_modules()).keys()
+
+
+@pytest.mark.skipif(not chain.attention_like_torch(64, BF16), reason="attention has other bits here")
+def test_a_whole_token_is_one_chain_where_it_sees_everything() -> None:
+    model, ids = make("llama-heads"), tokens(2)
+    optimize(model)
+    plan = model.base_model.forward.plan
+    generate(model, ids)
+    assert [key[2] for key in plan.chained] == [True]
+    padded = torch.ones_like(ids)
+    padded[0, :5] = 0
+    generate(model, ids, attention_mask=padded)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        generate(model, tokens(1))
+    assert {key[::2] for key in plan.chained} == {(2, True), (2, False), (1, False)}
 
 
 def _padded(rows: int = 3) -> dict[str, Any]:
