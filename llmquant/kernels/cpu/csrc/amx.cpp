@@ -262,21 +262,19 @@ TILES void tile_linear(const Matrix& w, const Inputs& in) {
     if (IN > 1) redo_marked(PLAIN_AVX512, w, in, plain);
 }
 
-// As many tokens at a time as keep the packed inputs small.
-template <typename Run>
-void in_parts(const Matrix& w, const Inputs& in, const Run& run) {
-    const int64_t step = MOST_PACKED / (w.columns * 2 * input_parts(in)) / (2 * TILE) * (2 * TILE);
-    for (int64_t i = 0, count = step > 2 * TILE ? step : 2 * TILE; i < in.count; i += count)
-        run(w, part_of(w, in, i, in.count - i < count ? in.count - i : count));
+// As many tokens as keep the packed inputs small.
+int64_t most_tokens(const Matrix& w, const Inputs& in) {
+    const int64_t count = MOST_PACKED / (w.columns * 2 * input_parts(in)) / (2 * TILE) * (2 * TILE);
+    return count > 2 * TILE ? count : 2 * TILE;
 }
 
 void linear(const Matrix& w, const Inputs& in) {
-    if (in.count >= FEWEST_CODES && fits_int8_tiles(w, in)) return in_parts(w, in, int8_tile_linear);
+    if (in.count >= FEWEST_CODES && fits_int8_tiles(w, in)) return in_parts(w, in, most_tokens(w, in), int8_tile_linear);
     const bool plain = in.activation == PLAIN, wide = w.bits > 5 && !w.table;
     const int64_t fewest = plain && !wide ? FEWEST_PLAIN[in.type] : FEWEST_MIXED;
     const bool many = in.count >= fewest;
     if (!many || (in.type != FLOAT_BF16 && !plain)) return VNNI.linear(w, in);
-    in_parts(w, in, tile_linear);
+    in_parts(w, in, most_tokens(w, in), tile_linear);
 }
 
 bool has_amx() {

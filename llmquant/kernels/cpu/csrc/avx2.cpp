@@ -199,8 +199,7 @@ TARGET2 void run(const Matrix& w, const Inputs& in, const StripPlan& plan) {
 using ChooseDot = StripPlan::Dot (*)(const Matrix&, const StripPlan&);
 
 // `plain`: the kernels that take what has no integer product: other groups, tables, infinities and NaN.
-void linear(const Matrix& w, const Inputs& in, ChooseDot choose_dot, const Kernels& plain) {
-    if (!fits_strips(w, in)) return plain.linear(w, in);
+void strip_linear(const Matrix& w, const Inputs& in, ChooseDot choose_dot, const Kernels& plain) {
     StripPlan plan = start_plan(w, in);
     plan.fill = plan.planes == 1 ? fill_token<1> : plan.planes == 2 ? fill_token<2> : fill_token<3>;
     plan.dot = choose_dot(w, plan);
@@ -212,6 +211,12 @@ void linear(const Matrix& w, const Inputs& in, ChooseDot choose_dot, const Kerne
         run(w, in, plan);
     }
     redo_marked(plain, w, in, bad);
+}
+
+void linear(const Matrix& w, const Inputs& in, ChooseDot choose_dot, const Kernels& plain) {
+    if (!fits_strips(w, in)) return plain.linear(w, in);
+    in_parts(w, in, MOST_IN_PLANES,
+             [&](const Matrix&, const Inputs& part) { strip_linear(w, part, choose_dot, plain); });
 }
 
 void linear_vnni(const Matrix& w, const Inputs& in) { linear(w, in, vnni::choose_dot, PLAIN_AVX2); }

@@ -19,6 +19,12 @@ inline Inputs part_of(const Matrix& w, const Inputs& in, int64_t first, int64_t 
     return part;
 }
 
+// `run` on `step` tokens at a time, so that what kernels make of the inputs stays small.
+template <typename Run>
+void in_parts(const Matrix& w, const Inputs& in, int64_t step, const Run& run) {
+    for (int64_t i = 0; i < in.count; i += step) run(w, part_of(w, in, i, in.count - i < step ? in.count - i : step));
+}
+
 // The marked tokens once more, by plain kernels: infinities and NaN have no fixed point. As many in one go as lie side by
 // side.
 inline void redo_marked(const Kernels& plain, const Matrix& w, const Inputs& in, const uint8_t* marks) {

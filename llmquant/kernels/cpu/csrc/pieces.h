@@ -40,6 +40,7 @@ namespace {
 
 constexpr int QUADS = 8, PIECE = 4 * QUADS;  // fours of columns, and columns, of a piece
 constexpr int64_t MOST = 64;                 // inputs that share a decoded strip: their sums stay in the first cache
+constexpr int64_t MOST_IN_PLANES = 512;      // inputs that are written in planes at a time
 
 // The inputs as planes: for each piece and token, P times the codes of 32 columns in the order in which the steps meet
 // them, the scale, and the sums of each plane (times minus the midpoint as integers, or plain as floats).

@@ -35,11 +35,13 @@ void integer_linear_in_region(const Matrix& w, const Inputs& in, const Plan& pla
             store_float(in.out, token * w.rows + row, in.type, std::numeric_limits<float>::quiet_NaN());
 }
 
+void strip_linear(const Matrix& w, const Inputs& in) { integer_linear(w, in, plan_strips(w, in), run_strips); }
+
 void linear(const Matrix& w, const Inputs& in) {
     if (fits_rows(w, in))
         integer_linear(w, in, plan_rows(w, in), run_rows);
     else if (fits_strips(w, in))
-        integer_linear(w, in, plan_strips(w, in), run_strips);
+        in_parts(w, in, MOST_IN_PLANES, strip_linear);
     else if (!float8_linear(w, in))
         PLAIN_AVX512.linear(w, in);
 }
