@@ -27,16 +27,72 @@ VOCAB, HIDDEN = 128, 64
 _SIZES = dict(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4)
 _LLAMA = dict(_SIZES, num_key_value_heads=2, intermediate_size=112, max_position_embeddings=64)
 _MOE = dict(_SIZES, num_key_value_heads=2, intermediate_size=48, num_local_experts=4, max_position_embeddings=64)
+_GPT = dict(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=64)
+_FEW = dict(_LLAMA, moe_intermediate_size=48, num_experts_per_tok=2)  # experts, and a dense layer before them
+_LATENT = dict(q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16)
+_GROUPED = dict(n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1)
+_THREE_ROPES = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])
+_SIGHT = dict(depth=1, embed_dim=32, hidden_size=HIDDEN, num_heads=2, mlp_ratio=2, patch_size=4)
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", dict(_LLAMA, tie_word_embeddings=False)),
     "llama-tied": ("Llama", dict(_LLAMA, tie_word_embeddings=True)),
     "qwen2": ("Qwen2", dict(_LLAMA, tie_word_embeddings=True)),
-    "gpt2": ("GPT2", dict(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=64)),
+    "gpt2": ("GPT2", _GPT),
     "mixtral": ("Mixtral", dict(_MOE, tie_word_embeddings=False)),
     "gpt-oss": ("GptOss", dict(_MOE, head_dim=16, sliding_window=16, num_experts_per_tok=2)),
+    "mistral": ("Mistral", dict(_LLAMA, sliding_window=16)),
+    "qwen3": ("Qwen3", dict(_LLAMA, head_dim=16)),
+    "gemma2": ("Gemma2", dict(_LLAMA, head_dim=16, sliding_window=16)),
+    "gemma3": ("Gemma3Text", dict(_LLAMA, head_dim=16, sliding_window=16)),
+    "phi3": ("Phi3", _LLAMA),
+    "openai-gpt": ("OpenAIGPT", _GPT),
+    "gpt-neox": ("GPTNeoX", dict(_SIZES, intermediate_size=112, max_position_embeddings=64)),
+    "opt": ("OPT", dict(_SIZES, ffn_dim=112, word_embed_proj_dim=32, max_position_embeddings=64)),
+    "falcon": ("Falcon", dict(_SIZES, new_decoder_architecture=True, num_kv_heads=2)),
+    "qwen3-moe": ("Qwen3Moe", dict(_FEW, head_dim=16, num_experts=4, mlp_only_layers=[0])),
+    "deepseek-v3": ("DeepseekV3", dict(_FEW, **_LATENT, **_GROUPED, num_nextn_predict_layers=0)),
+    "glm4": ("Glm4", dict(_LLAMA, head_dim=16)),
+    "glm4-moe": ("Glm4Moe", dict(_FEW, **_GROUPED, head_dim=16)),
+    "llama4": ("Llama4Text", dict(_MOE, head_dim=16, intermediate_size_mlp=112, moe_layers=[1])),
+    "dbrx": (
+        "Dbrx",
+        dict(
+            vocab_size=VOCAB,
+            d_model=HIDDEN,
+            n_layers=2,
+            n_heads=4,
+            max_seq_len=64,
+            attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=1e4),
+            ffn_config=dict(hidden_size=HIDDEN, ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2),
+        ),
+    ),
+    "inkling": ("InklingText", dict(_FEW, n_routed_experts=4, n_shared_experts=2)),
+    "longcat": (
+        "LongcatFlash",
+        dict(_SIZES, ffn_hidden_size=112, expert_ffn_hidden_size=48, moe_topk=2, n_routed_experts=4)
+        | dict(_LATENT, zero_expert_num=2, head_dim=8, max_position_embeddings=64, num_layers=1),
+    ),
+    "jetmoe": ("JetMoe", dict(_FEW, kv_channels=16, num_local_experts=4)),
+    "mamba": ("Mamba", dict(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2, state_size=8)),
+    "t5": (
+        "T5",
+        dict(vocab_size=VOCAB, d_model=HIDDEN, d_kv=16, d_ff=112, num_layers=2, num_heads=4, decoder_start_token_id=0),
+    ),
+    "qwen2-vl": (
+        "Qwen2VL",
+        dict(
+            text_config=dict(_LLAMA, rope_parameters=_THREE_ROPES, bos_token_id=1, eos_token_id=2),
+            vision_config=_SIGHT,
+            image_token_id=3,
+            vision_start_token_id=4,
+            vision_end_token_id=5,
+            video_token_id=6,
+        ),
+    ),
 }
-"""Name -> transformers' prefix and config: plain and tied heads, biases, Conv1D, merged experts, transposed experts."""
+"""Name -> transformers' prefix and config: plain and tied heads, biases, Conv1D, merged experts, transposed experts;
+encoders, states in place of attention, images."""
 
 
 def rtn(scheme: Any) -> FqnToConfig:
@@ -54,7 +110,8 @@ _SCHEMES: dict[str, dict[str, str]] = {
     "gpt-oss": {"_experts": "int4-g24", "re:.*down_proj": "int3-row-asym", "_default": "int8-tensor"},
 }
 CONFIGS = {family: rtn(scheme) for family, scheme in _SCHEMES.items()}
-"""What each family is quantized to where one mixture is enough."""
+"""What the first families are quantized to where one mixture is enough; other tests than those of all families run on
+these, which differ in how a checkpoint is read, written and renamed."""
 
 
 def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
@@ -67,13 +124,22 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **over
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        name = "LMHeadModel" if prefix == "GPT2" else "ForCausalLM"
-        model = getattr(transformers, f"{prefix}{name}")(config).eval()
+        model = auto_class(config).from_config(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.to(dtype)
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes and loads models of this kind."""
+    import transformers
+
+    if config.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM
+    sees = hasattr(config, "vision_config")
+    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
 
 
 def save(family: str, folder: Path, dtype: torch.dtype = torch.float32, *, shard: str = "1GB", **kwargs: Any) -> Path:
@@ -106,9 +172,9 @@ class Folders:
 
 def load(folder: Path, **kwargs: Any) -> Any:
     """The model in a folder."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+    return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, **kwargs).eval()
 
 
 def copy(folder: Path, target: Path) -> Path:
@@ -122,10 +188,31 @@ def tokens(rows: int = 2, length: int = 12) -> Tensor:
     return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
+def inputs(model: Any) -> dict[str, Tensor]:
+    """The same for any model: a decoder gets some too, and eyes an image."""
+    if model.config.is_encoder_decoder:
+        return {"input_ids": tokens(), "decoder_input_ids": tokens().flip(1)}
+    return _with_images(model.config) if hasattr(model.config, "vision_config") else {"input_ids": tokens()}
+
+
+def _with_images(config: Any) -> dict[str, Tensor]:
+    """Two images of 4 x 4 patches, of which 2 x 2 make one token, each somewhere in its text."""
+    ids, sight = tokens().clamp(min=config.video_token_id + 1), config.vision_config
+    ids[:, 1:7] = torch.tensor([config.vision_start_token_id, *[config.image_token_id] * 4, config.vision_end_token_id])
+    values = sight.in_channels * sight.temporal_patch_size * sight.patch_size**2
+    patches = torch.randn(2 * 16, values, generator=torch.Generator().manual_seed(0))
+    return {
+        "input_ids": ids,
+        "pixel_values": patches,
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+        "mm_token_type_ids": (ids == config.image_token_id).int(),
+    }
+
+
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
     """What the model says to it."""
-    return model(tokens(), use_cache=False).logits
+    return model(**inputs(model), use_cache=False).logits
 
 
 Bytes = tuple[torch.dtype, tuple[int, ...], bytes]

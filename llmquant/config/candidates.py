@@ -157,7 +157,7 @@ _ROUTERS = ("Router", "MoEGate", "MoEV1Gate", "TopKGate", "TopKGating")  # how t
 def _role(owner: nn.Module, attribute: str, param: nn.Parameter, is_head: bool) -> Role | None:
     """What the owner uses the parameter for, or None if that is not known."""
     if _is_experts(owner):
-        return Role.experts if param.ndim == 3 and not attribute.endswith("bias") else None
+        return Role.experts if _stacks_experts(owner, param) and not attribute.endswith("bias") else None
     if attribute != "weight" or param.ndim != 2:
         return None
     if isinstance(owner, nn.Linear):
@@ -175,7 +175,18 @@ def _is_conv1d(module: nn.Module) -> bool:
 def _is_experts(module: nn.Module) -> bool:
     """Whether this module holds the weights of all experts as 3-D parameters."""
     marked = all(hasattr(module, mark) for mark in _EXPERTS_MARKS)
-    return marked or (type(module).__name__.endswith("Experts") and hasattr(module, "num_experts"))
+    return marked or (type(module).__name__.endswith("Experts") and bool(_expert_counts(module)))
+
+
+def _expert_counts(module: nn.Module) -> set[int]:
+    """How many experts a module says it has: `num_experts`, `n_shared_experts`, `total_experts` and others."""
+    return {value for name, value in vars(module).items() if name.endswith("experts") and isinstance(value, int)}
+
+
+def _stacks_experts(experts: nn.Module, param: nn.Parameter) -> bool:
+    """Whether a parameter is one matrix an expert."""
+    counts = _expert_counts(experts)
+    return param.ndim == 3 and (not counts or param.shape[0] in counts)
 
 
 def _routing(modules: Mapping[str, nn.Module], path: str) -> str | None:
@@ -212,7 +223,7 @@ def _obstacle(use: _Use) -> str | None:
         return "a norm"
     if use.param.ndim < 2:
         return f"{use.param.ndim}-D"
-    return f"{kind}: not a linear, embedding or expert weight"
+    return use.routing or f"{kind}: not a linear, embedding or expert weight"
 
 
 def _tied_to_other(obstacles: Mapping[str, str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FAMILIES, Folders, Shape, assert_same, copy, edit_json, load, raw, rewrite, save, to_bin
+from models import CONFIGS, Folders, Shape, assert_same, copy, edit_json, load, raw, rewrite, save, to_bin
 from safetensors.torch import save_file
 
 from llmquant.checkpoint.source import locate, open_source, parse_dtype, read_config, weight_files
@@ -29,7 +29,7 @@ def values(folder: Path) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("shape", Shape)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_names_and_values_are_those_of_the_loaded_model(
     family: str, shape: Shape, folders: Folders, tmp_path: Path
 ) -> None:
@@ -98,7 +98,7 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 # ---------------------------------------------------------------------------------- config.json
 
 
-CONFIGS = {
+BAD_CONFIGS = {
     "missing": None,
     "empty": b"",
     "cut": b'{"model_type": "lla',
@@ -109,9 +109,9 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", BAD_CONFIGS)
 def test_a_folder_without_a_readable_config(kind: str, tmp_path: Path) -> None:
-    content = CONFIGS[kind]
+    content = BAD_CONFIGS[kind]
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
     for function in (read_config, open_source):

@@ -13,7 +13,6 @@ import pytest
 import torch
 from models import (
     CONFIGS,
-    FAMILIES,
     Folders,
     Shape,
     assert_same,
@@ -71,7 +70,7 @@ def assert_equal(streamed: Path, memory: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_equals_quantizing_in_memory(family: str, dtype: torch.dtype, folders: Folders, tmp_path: Path) -> None:
     assert_equal(*both(folders(family, dtype), tmp_path, CONFIGS[family]))
 
@@ -343,7 +342,7 @@ def test_the_config_is_the_sources_with_a_manifest(folders: Folders, tmp_path: P
     assert after == before
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_progress_grows_to_the_end(family: str, folders: Folders, tmp_path: Path) -> None:
     calls: list[tuple[int, int, str]] = []
     report = quantize_checkpoint(

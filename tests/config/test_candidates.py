@@ -101,12 +101,13 @@ EXPECTED: dict[str, Expected] = {
 }
 
 NOT_A_WEIGHT = "not a linear, embedding or expert weight"
+A_ROUTER = "a router, where a small error picks other experts"
 REASONS = {  # all that a model's other parameters may be told
     "llama": {"a norm"},
     "llama-tied": {"a norm"},
     "gpt2": {"a norm", "a bias"},
-    "mixtral": {"a norm", f"MixtralTopKRouter: {NOT_A_WEIGHT}"},
-    "gpt-oss": {"a norm", "a bias", "1-D", f"GptOssTopKRouter: {NOT_A_WEIGHT}"},
+    "mixtral": {"a norm", f"MixtralTopKRouter: {A_ROUTER}"},
+    "gpt-oss": {"a norm", "a bias", "1-D", f"GptOssTopKRouter: {A_ROUTER}"},
 }
 
 
@@ -152,7 +153,6 @@ def test_llama4_experts_are_transposed_though_they_do_not_say_so() -> None:
     }
 
 
-A_ROUTER = "a router, where a small error picks other experts"
 MIXTURE = {"num_experts": EXPERTS, "moe_intermediate_size": INNER}
 # A model of every way to write a router with a linear, and what its linears that route are told.
 ROUTED: dict[str, tuple[Callable[[], transformers.PretrainedConfig], dict[str, str]]] = {
@@ -328,6 +328,16 @@ class TinyExperts(nn.Module):
         self.scale = nn.Parameter(torch.zeros(3, 4))
 
 
+class SharedExperts(nn.Module):
+    """Undecorated fused experts that count themselves by another name, beside a stack of something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_shared_experts = 2
+        self.up_proj = nn.Parameter(torch.zeros(2, 8, 4))
+        self.filters = nn.Parameter(torch.zeros(5, 8, 4))
+
+
 class Loose(nn.Module):
     """3-D and 2-D parameters in a module that is nothing known."""
 
@@ -365,6 +375,11 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], dict[str, Role], dict[str, str
         TinyExperts,
         {"w1": Role.experts},
         {"w1_bias": "a bias", "scale": f"TinyExperts: {NOT_A_WEIGHT}"},
+    ),
+    "shared experts": (
+        SharedExperts,
+        {"up_proj": Role.experts},
+        {"filters": f"SharedExperts: {NOT_A_WEIGHT}"},
     ),
     "3-D but no experts": (
         Loose,

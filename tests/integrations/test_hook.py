@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FAMILIES, Folders, load, logits
+from models import CONFIGS, Folders, load, logits
 
 from llmquant import quantize_
 from llmquant.integrations import hook
@@ -165,7 +165,7 @@ def test_a_program_without_llmquant_stops(folders: Folders, tmp_path: Path) -> N
     made = [
         folders.quantized(f, s) for f in ("llama", "llama-tied") for s in ("int4-g32", "int8", "float8", "int1-g32")
     ]
-    made += [folders.quantized(family) for family in FAMILIES]
+    made += [folders.quantized(family) for family in CONFIGS]
     load(folders.quantized("llama")).save_pretrained(tmp_path, max_shard_size="10KB")
     done = run(FOREIGN, *made, tmp_path)
     assert done.returncode == 0, done.stderr

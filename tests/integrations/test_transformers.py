@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from models import (
     CONFIGS,
-    FAMILIES,
     Folders,
     Shape,
     assert_same,
@@ -40,7 +39,7 @@ from llmquant.errors import BadWeightError, CheckpointError, ConfigError, Nothin
 from llmquant.integrations.transformers import load_tokenizer
 from llmquant.primitives.dynamic import Activation
 
-families = pytest.mark.parametrize("family", FAMILIES)
+families = pytest.mark.parametrize("family", CONFIGS)
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -425,7 +424,7 @@ def test_a_tied_model_in_int8_shrinks_by_48_percent(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------- models without a head
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_a_base_model_loads_from_a_checkpoint_with_a_head(family: str, folders: Folders, tmp_path: Path) -> None:
     from transformers import AutoModel
 

@@ -127,6 +127,20 @@ def test_sums_have_room_for_the_largest_codes(backend: str, bits: int, dtype: to
 
 
 @every_backend
+@pytest.mark.parametrize("scheme", ["int4-g32", "int8-row", "int3-g12-asym", "float8"])
+def test_no_input_gives_no_output(backend: str, scheme: str) -> None:
+    """An expert that no token chose."""
+    for weight in cases(backend, scheme):
+        for dtype, before in ((d, b) for d in DTYPES for b in ((0,), (2, 0))):
+            x = torch.empty(*before, weight.columns, dtype=dtype)
+            with registry.force(backend):
+                found = [ops.linear(x, weight, torch.randn(weight.rows)), ops.linear_int8(x, weight, Activation(0))]
+                rows = ops.embedding(torch.empty(before, dtype=torch.int64), weight, dtype)
+            assert {(y.dtype, tuple(y.shape)) for y in found} == {(dtype, (*before, weight.rows))}
+            assert (rows.dtype, tuple(rows.shape)) == (dtype, (*before, weight.columns))
+
+
+@every_backend
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_not_finite_shows(backend: str, dtype: torch.dtype, poison: float) -> None:
