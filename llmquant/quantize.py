@@ -213,7 +213,7 @@ def quantize_(
         weight = model.get_parameter(candidate.name)
         done += weight.numel()
         found = stats.get(candidate.name) if stats else None
-        quantized = quantize_weight(weight, chosen, found, transposed=candidate.transposed)
+        quantized = quantize_weight(weight.reshape(candidate.shape), chosen, found, transposed=candidate.transposed)
         replace_weight(model, candidate.fqns, quantized)
         report.quantized[candidate.name] = report_weight(candidate.fqns, quantized, chosen, weight.nbytes)
     if progress:

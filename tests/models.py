@@ -31,8 +31,10 @@ _GPT = dict(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=64
 _FEW = dict(_LLAMA, moe_intermediate_size=48, num_experts_per_tok=2)  # experts, and a dense layer before them
 _LATENT = dict(q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16)
 _GROUPED = dict(n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1)
+_ENDS = dict(bos_token_id=1, eos_token_id=2)
 _THREE_ROPES = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])
-_SIGHT = dict(depth=1, embed_dim=32, hidden_size=HIDDEN, num_heads=2, mlp_ratio=2, patch_size=4)
+_SIGHT = dict(depth=1, num_heads=2, patch_size=4)
+_SPECIAL = dict(image_token_id=3, vision_start_token_id=4, vision_end_token_id=5, video_token_id=6)
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", dict(_LLAMA, tie_word_embeddings=False)),
@@ -82,12 +84,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-vl": (
         "Qwen2VL",
         dict(
-            text_config=dict(_LLAMA, rope_parameters=_THREE_ROPES, bos_token_id=1, eos_token_id=2),
-            vision_config=_SIGHT,
-            image_token_id=3,
-            vision_start_token_id=4,
-            vision_end_token_id=5,
-            video_token_id=6,
+            _SPECIAL,
+            text_config=dict(_LLAMA, rope_parameters=_THREE_ROPES, **_ENDS),
+            vision_config=dict(_SIGHT, embed_dim=32, mlp_ratio=2, hidden_size=HIDDEN),
+        ),
+    ),
+    "qwen3-vl-moe": (
+        "Qwen3VLMoe",
+        dict(
+            _SPECIAL,
+            text_config=dict(_FEW, rope_parameters=_THREE_ROPES, **_ENDS, head_dim=16, num_experts=4),
+            vision_config=dict(_SIGHT, hidden_size=32, intermediate_size=48, out_hidden_size=HIDDEN)
+            | dict(deepstack_visual_indexes=[0], num_position_embeddings=16),
         ),
     ),
 }
@@ -120,7 +128,7 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **over
 
     prefix, sizes = FAMILIES[family]
     config = getattr(transformers, f"{prefix}Config")(
-        **sizes | {"initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | overrides
+        **sizes | _ENDS | {"initializer_range": 0.1, "pad_token_id": 0} | overrides
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -133,7 +133,7 @@ def _one(
         return {fqn: value}
     candidate, config = found
     try:
-        quantized = quantize_weight(value, config, transposed=candidate.transposed)
+        quantized = quantize_weight(value.reshape(candidate.shape), config, transposed=candidate.transposed)
     except BadWeightError as error:
         raise BadWeightError(error.what, where=fqn, hint=error.hint) from error
     report.quantized[fqn] = report_weight(candidate.fqns, quantized, config, value.nbytes)

@@ -33,7 +33,8 @@ class Candidate:
     Args:
         fqns: every name of the weight, the canonical one first.
         roles: the role of each name, in the same order.
-        shape: the shape as the parameter stands.
+        shape: the shape to quantize it in: that of the parameter, but for experts that lie one under another in two
+            dimensions, which get a dimension of their own.
         transposed: whether the last two dimensions stand as [in, out] instead of [out, in].
         dtype: the dtype as the parameter stands.
     """
@@ -156,6 +157,8 @@ _ROUTERS = ("Router", "MoEGate", "MoEV1Gate", "TopKGate", "TopKGating")  # how t
 
 def _role(owner: nn.Module, attribute: str, param: nn.Parameter, is_head: bool) -> Role | None:
     """What the owner uses the parameter for, or None if that is not known."""
+    if flat_experts(owner):
+        return Role.experts if param.ndim == 2 else None
     if _is_experts(owner):
         return Role.experts if _stacks_experts(owner, param) and not attribute.endswith("bias") else None
     if attribute != "weight" or param.ndim != 2:
@@ -187,6 +190,17 @@ def _stacks_experts(experts: nn.Module, param: nn.Parameter) -> bool:
     """Whether a parameter is one matrix an expert."""
     counts = _expert_counts(experts)
     return param.ndim == 3 and (not counts or param.shape[0] in counts)
+
+
+def flat_experts(module: nn.Module) -> int | None:
+    """How many experts lie one under another in each parameter of a module, or None for other modules.
+
+    So they lie in DBRX: three parameters [experts * inner, hidden], which its forward views as 3-D ones, so that it
+    takes these too. It multiplies by the last, `w2`, as [in, out].
+    """
+    if not type(module).__name__.endswith("ExpertGLU"):
+        return None
+    return next(iter(_expert_counts(module)), None)
 
 
 def _routing(modules: Mapping[str, nn.Module], path: str) -> str | None:
@@ -238,10 +252,18 @@ def _candidate(fqns: tuple[str, ...], uses: Mapping[str, _Use]) -> Candidate:
     param = uses[fqns[0]].param
     roles = tuple(role for fqn in fqns if (role := uses[fqn].role))
     assert len(roles) == len(fqns), "a name without a role has an obstacle"
-    return Candidate(fqns, roles, tuple(param.shape), _is_transposed(uses[fqns[0]]), param.dtype)
+    use = uses[fqns[0]]
+    return Candidate(fqns, roles, _shape(use), _is_transposed(use), param.dtype)
+
+
+def _shape(use: _Use) -> tuple[int, ...]:
+    count = flat_experts(use.owner)
+    return tuple(use.param.shape if count is None else (count, use.param.shape[0] // count, use.param.shape[1]))
 
 
 def _is_transposed(use: _Use) -> bool:
+    if flat_experts(use.owner):
+        return use.attribute == "w2"
     if use.role is Role.experts:
         return _has_transposed_experts(use.owner)
     return use.role is Role.conv1d

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmquant.checkpoint.manifest import METHOD, check_version, new_manifest, shard_metadata, verify
 from llmquant.checkpoint.state import assemble, component_key, expected, state_dict
 from llmquant.config import recipe
+from llmquant.config.candidates import Candidate, flat_experts
 from llmquant.config.fqn import FqnToConfig
 from llmquant.config.schemes import QuantConfig
 from llmquant.errors import BadWeightError, CheckpointError, ConfigError, ModelNotFoundError
@@ -96,8 +97,7 @@ class LlmQuantizer(HfQuantizer):
     def __init__(self, quantization_config: LlmQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.report = QuantizationReport()
-        self._chosen: dict[str, tuple[QuantConfig, bool]] = {}  # FQN -> config, transposed
-        self._names: dict[str, tuple[str, ...]] = {}
+        self._chosen: dict[str, tuple[Candidate, QuantConfig]] = {}  # by every FQN
         self._failure: BadWeightError | None = None
 
     # --- loading --------------------------------------------------------------------------------------
@@ -126,8 +126,7 @@ class LlmQuantizer(HfQuantizer):
             plan = make_plan(model, self.quantization_config.fqn_to_config)
             for candidate, config in plan.chosen:
                 for fqn in candidate.fqns:
-                    self._chosen[fqn] = (config, candidate.transposed)
-                    self._names[fqn] = candidate.fqns
+                    self._chosen[fqn] = (candidate, config)
             self.report.skipped, self.report.warnings = plan.skipped(model), plan.resolution.warnings
         return model
 
@@ -142,8 +141,8 @@ class LlmQuantizer(HfQuantizer):
             sizes = expected(param_name, described).values()
             return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in sizes) / max(param.numel(), 1)
         if param_name in self._chosen:
-            config, transposed = self._chosen[param_name]
-            spec = config.spec(*(param.shape[-2:] if not transposed else param.shape[:-3:-1]))
+            candidate, config = self._chosen[param_name]
+            spec = config.spec(*(candidate.shape[:-3:-1] if candidate.transposed else candidate.shape[-2:]))
             block = spec.block[0] * spec.block[1]
             return spec.format.bits / 8 + spec.scale_dtype.itemsize / max(block, 1)
         return param.element_size()
@@ -179,20 +178,20 @@ class LlmQuantizer(HfQuantizer):
 
     def _quantize_the_rest(self, model: Any) -> None:
         """Weights that did not pass through `get_quantize_ops` (absent from the file, or split from another)."""
-        for fqn, names in self._names.items():
+        for fqn, (candidate, _) in self._chosen.items():
             weight = model.get_parameter(fqn)
-            if fqn == names[0] and not isinstance(weight, QuantizedTensor):
-                replace_weight(model, names, self.quantize(fqn, weight))
+            if fqn == candidate.name and not isinstance(weight, QuantizedTensor):
+                replace_weight(model, candidate.fqns, self.quantize(fqn, weight))
 
     def quantize(self, fqn: str, weight: Tensor) -> QuantizedTensor:
         """Quantizes one parameter as planned and reports it."""
-        config, transposed = self._chosen[fqn]
+        candidate, config = self._chosen[fqn]
         try:
-            quantized = quantize_weight(weight, config, transposed=transposed)
+            quantized = quantize_weight(weight.reshape(candidate.shape), config, transposed=candidate.transposed)
         except BadWeightError as error:
             raise BadWeightError(error.what, where=fqn, hint=error.hint) from error
         self.report.bytes_before += weight.nbytes
-        self.report.quantized[fqn] = report_weight(self._names[fqn], quantized, config, weight.nbytes)
+        self.report.quantized[fqn] = report_weight(candidate.fqns, quantized, config, weight.nbytes)
         return quantized
 
     # --- saving ---------------------------------------------------------------------------------------
@@ -225,10 +224,13 @@ class LlmQuantizer(HfQuantizer):
         replaced: dict[int, nn.Parameter] = {}
         for name, weight in list(model.named_parameters(remove_duplicate=False)):
             if isinstance(weight, QuantizedTensor):
-                if id(weight) not in replaced:
-                    replaced[id(weight)] = nn.Parameter(weight.dequantize(dtype), requires_grad=False)
                 path, _, attribute = name.rpartition(".")
-                setattr(model.get_submodule(path), attribute, replaced[id(weight)])
+                owner = model.get_submodule(path)
+                if id(weight) not in replaced:
+                    plain = weight.dequantize(dtype)
+                    plain = plain.flatten(0, 1) if flat_experts(owner) else plain
+                    replaced[id(weight)] = nn.Parameter(plain, requires_grad=False)
+                setattr(owner, attribute, replaced[id(weight)])
         if hasattr(model, "_weight_conversions"):
             del model._weight_conversions  # a plain model saves under its original names again
         return model

@@ -338,6 +338,16 @@ class SharedExperts(nn.Module):
         self.filters = nn.Parameter(torch.zeros(5, 8, 4))
 
 
+class TinyExpertGLU(nn.Module):
+    """Experts that lie one under another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe_num_experts = 3
+        self.w1, self.v1, self.w2 = (nn.Parameter(torch.zeros(3 * 8, 4)) for _ in range(3))
+        self.b1 = nn.Parameter(torch.zeros(4))
+
+
 class Loose(nn.Module):
     """3-D and 2-D parameters in a module that is nothing known."""
 
@@ -380,6 +390,11 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], dict[str, Role], dict[str, str
         SharedExperts,
         {"up_proj": Role.experts},
         {"filters": f"SharedExperts: {NOT_A_WEIGHT}"},
+    ),
+    "flat experts": (
+        TinyExpertGLU,
+        dict.fromkeys(("w1", "v1", "w2"), Role.experts),
+        {"b1": "1-D"},
     ),
     "3-D but no experts": (
         Loose,
@@ -429,6 +444,15 @@ def test_candidate_describes_the_parameter_as_it_stands() -> None:
     expected = Candidate(("it.weight",), (Role.linear,), (8, 4), False, torch.float16)
     assert find_candidates(model).candidates == (expected,)
     assert (expected.name, expected.tied) == ("it.weight", False)
+
+
+def test_experts_one_under_another_are_described_as_a_stack() -> None:
+    found = find_candidates(nn.ModuleDict({"it": TinyExpertGLU()})).candidates
+    assert {c.name: (c.shape, c.transposed) for c in found} == {
+        "it.w1": ((3, 8, 4), False),
+        "it.v1": ((3, 8, 4), False),
+        "it.w2": ((3, 8, 4), True),
+    }
 
 
 def test_model_that_is_one_linear() -> None:
