@@ -56,8 +56,12 @@ class Meta:
 class QuantizedTensor(torch.Tensor):
     """A weight of shape [..., out, in] kept as packed codes and their parameters.
 
-    It has a floating dtype (that of `dequantize()`), never requires a gradient, and takes over linear,
-    embedding and matrix products. What it does not support raises `UnsupportedOpError`.
+    It has a floating dtype (that of `dequantize()`) and takes over linear, embedding and matrix products. Results that
+    are weights again stay packed; only products, rows of a table and `dequantize()` are plain tensors. What it does not
+    support raises `UnsupportedOpError`.
+
+    It requires no gradient unless its flag is set (as `nn.Parameter(w)` does). Then it gets the plain one of torch's
+    own formulas, as large as the plain weight, with which no optimizer can change it.
 
     Its codes stay as they are, but its scales can be trained through `F.linear`, `F.embedding` and `dequantize()`, on
     every backend. Keep them in float32 for that (`scale_dtype` of the config): small steps vanish in 16 bits.
@@ -90,6 +94,9 @@ class QuantizedTensor(torch.Tensor):
     meta: Meta
     # What kernels worked out about this weight, and where its tensors lay then: moving them makes it void.
     _packed: tuple[tuple[int, int], Packed] | None = None
+    # A part that shares a scale or a byte with what is outside of it, or a copy where torch promises a view: writing to
+    # it would change more than itself, or nothing.
+    _read_only: bool = False
 
     @staticmethod
     def __new__(cls, tensors: Mapping[str, Tensor | None], meta: Meta, dtype: torch.dtype) -> QuantizedTensor:
@@ -119,11 +126,22 @@ class QuantizedTensor(torch.Tensor):
                 yield field, tensor
 
     def rebuild(
-        self, change: Callable[[Field, Tensor], Tensor], dtype: torch.dtype | None = None, **meta: Any
+        self,
+        change: Callable[[Field, Tensor], Tensor],
+        dtype: torch.dtype | None = None,
+        *,
+        copied: bool = False,
+        **meta: Any,
     ) -> QuantizedTensor:
-        """A tensor like this one with every inner tensor changed, and perhaps some of its `Meta`."""
+        """A tensor like this one with every inner tensor changed, and perhaps some of its `Meta`.
+
+        `copied` says that none of them is a view any more.
+        """
         tensors = {field.name: change(field, tensor) for field, tensor in self.parts()}
-        return type(self)(tensors, replace(self.meta, **meta), dtype or self.dtype)
+        result = type(self)(tensors, replace(self.meta, **meta), dtype or self.dtype)
+        if self._read_only and not copied:
+            result._read_only = True
+        return result
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Meta, torch.dtype]]:
         return [field.name for field, _ in self.parts()], (self.meta, self.dtype)
@@ -137,8 +155,10 @@ class QuantizedTensor(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
         if id(self) not in memo:
-            copy = self.rebuild(lambda _, t: t.detach().clone().requires_grad_(t.requires_grad))
-            copy.__dict__.update({k: v for k, v in self.__dict__.items() if k not in (*copy.__dict__, "_packed")})
+            copy = self.rebuild(lambda _, t: t.detach().clone().requires_grad_(t.requires_grad), copied=True)
+            own = (*copy.__dict__, "_packed", "_read_only")
+            copy.__dict__.update({k: v for k, v in self.__dict__.items() if k not in own})
+            copy.requires_grad_(self.requires_grad)
             memo[id(self)] = copy
         return memo[id(self)]
 
@@ -212,6 +232,8 @@ class QuantizedTensor(torch.Tensor):
         """A plain tensor of the same shape: decoded in float32, then rounded to `dtype` (default: own dtype)."""
         dtype = dtype or self.dtype
         if self.dim() > 2:
+            if self.shape[0] == 0:
+                return torch.empty(self.shape, dtype=dtype, device=self.device)
             return torch.stack([self[i].dequantize(dtype) for i in range(self.shape[0])])  # type: ignore[call-arg]
         matrix = self.packed()
         out = torch.empty(matrix.rows, matrix.columns, dtype=dtype, device=self.device)

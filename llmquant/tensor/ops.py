@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from llmquant.errors import UnsupportedOpError
 from llmquant.kernels import ops
 from llmquant.tensor import slicing
-from llmquant.tensor.base import DISPATCH, FUNCTIONS, KEEPS_GRADIENTS, QuantizedTensor, unsupported
+from llmquant.tensor.base import DISPATCH, FUNCTIONS, KEEPS_GRADIENTS, Field, QuantizedTensor, unsupported
 
 aten = torch.ops.aten
 
@@ -45,6 +46,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """input @ weight.T + bias for a quantized weight, with the input quantized as the weight says."""
     if not isinstance(weight, QuantizedTensor) or isinstance(input, QuantizedTensor) or weight.qdata.dim() != 2:
         return unsupported("linear", input, weight)
+    if weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        out = torch.matmul(input, weight.mT)  # arrives here again below autograd, which has taken note of the weight
+        return out if bias is None else out + bias
     if weight.meta.transposed:
         # Sums here run over the logical rows; `activation` is said of inputs along the columns, so this one stays.
         out = ops.matmul(input, weight.packed())
@@ -74,6 +78,9 @@ def embedding(
         raise UnsupportedOpError("max_norm would rewrite the quantized table in place", where=repr(weight))
     if weight.meta.transposed or weight.dim() != 2:
         return unsupported("embedding", weight)
+    if weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
+        return torch.embedding(weight, indices, padding, scale_grad_by_freq)
     rows = ops.embedding(indices, weight.packed(), weight.dtype)
     if not rows.requires_grad:
         return rows
@@ -96,7 +103,7 @@ def product(x: Tensor, y: Tensor) -> Tensor:
 
 @dispatch(aten.embedding)
 def _embedding(func: Any, weight: QuantizedTensor, indices: Tensor, *_: Any) -> Tensor:
-    return embedding(indices, weight)
+    return embedding(indices, _alike(func, weight))  # without its own flag, which autograd has taken note of
 
 
 @dispatch(aten.mm)
@@ -106,11 +113,15 @@ def _mm(func: Any, x: Tensor, y: Tensor) -> Tensor:
 
 @dispatch(aten.mv)
 def _mv(func: Any, x: Tensor, y: Tensor) -> Tensor:
+    if isinstance(y, QuantizedTensor):
+        return unsupported(func, y)
     return product(x, y.unsqueeze(-1)).squeeze(-1)
 
 
 @dispatch(aten.addmm)
 def _addmm(func: Any, bias: Tensor, x: Tensor, y: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if isinstance(bias, QuantizedTensor):
+        return unsupported(func, bias, x, y)
     if isinstance(y, QuantizedTensor) and beta == alpha == 1 and bias.dim() == 1:
         return linear(x, y.t(), bias)
     return beta * bias + alpha * product(x, y)
@@ -118,7 +129,27 @@ def _addmm(func: Any, bias: Tensor, x: Tensor, y: Tensor, *, beta: float = 1, al
 
 @dispatch(aten.bmm)
 def _bmm(func: Any, x: Tensor, y: Tensor) -> Tensor:
+    if isinstance(x, QuantizedTensor) and isinstance(y, QuantizedTensor):
+        return unsupported(func, x, y)
+    if x.shape[0] != y.shape[0]:
+        raise RuntimeError(f"bmm of {tuple(x.shape)} and {tuple(y.shape)}: the batches differ")
+    if x.shape[0] == 0:
+        return (y if isinstance(x, QuantizedTensor) else x).new_empty(0, x.shape[1], y.shape[2])
     return torch.stack([product(x[i], y[i]) for i in range(x.shape[0])])
+
+
+@dispatch(aten.baddbmm)
+def _baddbmm(func: Any, bias: Tensor, x: Tensor, y: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if isinstance(bias, QuantizedTensor):
+        return unsupported(func, bias, x, y)
+    return beta * bias + alpha * _bmm(func, x, y)
+
+
+@dispatch(aten.addmv)
+def _addmv(func: Any, bias: Tensor, x: Tensor, y: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if isinstance(bias, QuantizedTensor):
+        return unsupported(func, bias, x, y)
+    return beta * bias + alpha * _mv(func, x, y)
 
 
 # --- shape ----------------------------------------------------------------------------------------------
@@ -160,19 +191,62 @@ def _view(func: Any, w: QuantizedTensor, shape: Any, *_: Any) -> QuantizedTensor
     shape = list(shape)
     if shape == list(w.shape):
         return _alike(func, w)
-    if w.meta.transposed or w.meta.block[0] != 1 or len(shape) < 2 or shape[-1] != w.meta.columns:
+    if len(shape) < 2 or _count(shape) != w.numel():
         return unsupported(func, w)
-    return w.rebuild(lambda _, t: t.reshape(*shape[:-1], t.shape[-1]))
+    if shape[-2:] == list(w.shape[-2:]):  # only the dimensions of experts change
+        return _reshape(w, lambda _, t: t.reshape(*shape[:-2], *t.shape[-2:]))
+    rows, step = w.qdata.shape[-2], w.meta.block[0]
+    if w.meta.transposed or shape[-1] != w.meta.columns or rows % step or shape[-2] % step:
+        return unsupported(func, w)
+
+    def regroup(field: Field, tensor: Tensor) -> Tensor:
+        return tensor.reshape(*shape[:-2], shape[-2] // (1 if field.per == "element" else step), tensor.shape[-1])
+
+    return _reshape(w, regroup)
+
+
+def _count(shape: Any) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _reshape(w: QuantizedTensor, change: Callable[[Field, Tensor], Tensor]) -> QuantizedTensor:
+    result = w.rebuild(change)
+    alias = torch._C._is_alias_of  # type: ignore[attr-defined]
+    result._read_only |= not all(alias(tensor, getattr(w, field.name)) for field, tensor in result.parts())
+    return result
+
+
+@dispatch(aten.unsqueeze)
+def _unsqueeze(func: Any, w: QuantizedTensor, dim: int) -> QuantizedTensor:
+    dim = _wrap(dim, w.dim() + 1)
+    if dim > w.dim() - 2:
+        return unsupported(func, w)
+    return w.rebuild(lambda _, t: t.unsqueeze(dim))
+
+
+@dispatch(aten.squeeze)
+def _squeeze(func: Any, w: QuantizedTensor, dims: Any = None) -> QuantizedTensor:
+    asked = range(w.dim()) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = [d for d in (_wrap(d, w.dim()) for d in asked) if w.shape[d] == 1]
+    if any(d >= w.dim() - 2 for d in gone):
+        return unsupported(func, w)
+    return w.rebuild(lambda _, t: t.squeeze(tuple(gone)))
+
+
+def _wrap(dim: int, count: int) -> int:
+    if not -count <= dim < count:
+        raise IndexError(f"dimension {dim} is out of range for {count} dimensions")
+    return dim % count
 
 
 @dispatch(aten.slice)
 def _slice(
     func: Any, w: QuantizedTensor, dim: int = 0, start: int | None = None, stop: int | None = None, step: int = 1
 ) -> QuantizedTensor:
-    if step != 1:
-        return unsupported(func, w)
     axis = slicing.logical_axis(w, dim)
     first, last, _ = slice(start, stop).indices(slicing.logical_size(w, axis))
+    if step > 1 and last > first:
+        return slicing.take_steps(w, axis, first, last, step)
     return slicing.take_slice(w, axis, first, max(first, last))
 
 
@@ -200,18 +274,22 @@ def _unbind(func: Any, w: QuantizedTensor, dim: int = 0) -> list[QuantizedTensor
 @dispatch(aten.index)
 def _index(func: Any, w: QuantizedTensor, indices: list[Tensor | None]) -> QuantizedTensor:
     picked = [(dim, index) for dim, index in enumerate(indices) if index is not None]
-    if len(picked) != 1 or picked[0][1].dim() != 1:
+    if len(picked) != 1:
         return unsupported(func, w)
     dim, index = picked[0]
-    if index.dtype == torch.bool:
+    if index.dtype in (torch.bool, torch.uint8):
+        if index.dim() != 1:
+            return unsupported(func, w)
+        if len(index) != w.shape[dim]:
+            raise IndexError(f"a mask of {len(index)} does not fit dimension {dim} of {tuple(w.shape)}")
         index = index.nonzero().squeeze(-1)
-    return _index_select(func, w, dim, index)
+    rows = _index_select(func, w, dim, torch.where(index < 0, index + w.shape[dim], index).flatten())
+    return rows if index.dim() == 1 else _view(func, rows, [*w.shape[:dim], *index.shape, *w.shape[dim + 1 :]])
 
 
 @dispatch(aten.index_select)
 def _index_select(func: Any, w: QuantizedTensor, dim: int, index: Tensor) -> QuantizedTensor:
-    size = w.shape[dim]
-    return slicing.take_rows(w, slicing.logical_axis(w, dim), torch.where(index < 0, index + size, index))
+    return slicing.take_rows(w, slicing.logical_axis(w, dim), index)
 
 
 @dispatch(aten.cat)
@@ -219,6 +297,13 @@ def _cat(func: Any, tensors: list[Any], dim: int = 0) -> QuantizedTensor:
     if not all(isinstance(t, QuantizedTensor) for t in tensors):
         return unsupported(func, tensors)
     return slicing.join(tensors, slicing.logical_axis(tensors[0], dim))
+
+
+@dispatch(aten.stack)
+def _stack(func: Any, tensors: list[Any], dim: int = 0) -> QuantizedTensor:
+    if not all(isinstance(t, QuantizedTensor) for t in tensors):
+        return unsupported(func, tensors)
+    return _cat(func, [_unsqueeze(func, t, dim) for t in tensors], dim)
 
 
 # --- copies, dtype, device ------------------------------------------------------------------------------
@@ -240,14 +325,14 @@ KEEPS_GRADIENTS |= {aten.equal, aten.is_pinned, aten.empty_like}
 
 @dispatch(aten.clone)
 def _clone(func: Any, w: QuantizedTensor, **_: Any) -> QuantizedTensor:
-    return w.rebuild(lambda _, t: t.clone())
+    return w.rebuild(lambda _, t: t.clone(), copied=True)
 
 
 @dispatch(aten.empty_like)
 def _empty_like(
     func: Any, w: QuantizedTensor, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any
 ) -> QuantizedTensor:
-    return w.rebuild(lambda _, t: torch.empty_like(t, device=device), _float_dtype(func, w, dtype))
+    return w.rebuild(lambda _, t: torch.empty_like(t, device=device), _float_dtype(func, w, dtype), copied=True)
 
 
 @dispatch(aten._to_copy)
@@ -261,12 +346,12 @@ def _to_copy(
     **_: Any,
 ) -> QuantizedTensor:
     dtype = _float_dtype(func, w, dtype)
-    return w.rebuild(lambda _, t: t.to(device=device, non_blocking=non_blocking, copy=True), dtype)
+    return w.rebuild(lambda _, t: t.to(device=device, non_blocking=non_blocking, copy=True), dtype, copied=True)
 
 
 @dispatch(aten._pin_memory)
 def _pin_memory(func: Any, w: QuantizedTensor, *args: Any) -> QuantizedTensor:
-    return w.rebuild(lambda _, t: t.pin_memory(*args))
+    return w.rebuild(lambda _, t: t.pin_memory(*args), copied=True)
 
 
 @dispatch(aten.is_pinned)
@@ -278,7 +363,15 @@ def _is_pinned(func: Any, w: QuantizedTensor, *args: Any) -> bool:
 def _copy(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if not _same_kind(target, source):
         return unsupported(func, target, source)
-    assert isinstance(target, QuantizedTensor)
+    assert isinstance(target, QuantizedTensor) and isinstance(source, QuantizedTensor)
+    if target._read_only:
+        raise UnsupportedOpError(
+            f"{func} into a part of a {target.meta.format} weight that shares scales or bytes with the rest of it",
+            where=repr(target),
+            hint="write to whole blocks, or to a clone()",
+        )
+    if torch.promote_types(target.scale.dtype, source.scale.dtype) != target.scale.dtype:
+        return unsupported(f"{func} that rounds scales to {target.scale.dtype}", target)
     for field, tensor in target.parts():
         tensor.copy_(getattr(source, field.name), non_blocking)
     return target
@@ -290,6 +383,21 @@ def _equal(func: Any, a: Tensor, b: Tensor) -> bool:
         return False
     assert isinstance(a, QuantizedTensor)
     return all(torch.equal(tensor, getattr(b, field.name)) for field, tensor in a.parts())
+
+
+@function(Tensor.data.__set__)  # type: ignore[attr-defined]
+def _set_data(target: Tensor, source: Tensor) -> None:
+    if not _same_kind(target, source) or target.dtype != source.dtype:
+        return unsupported("setting .data", target, source)
+    assert isinstance(target, QuantizedTensor) and isinstance(source, QuantizedTensor)
+    for field, tensor in source.detach().parts():  # type: ignore[attr-defined]
+        setattr(target, field.name, tensor)
+    target._read_only = source._read_only
+
+
+# Torch would refuse the first three without a name, and hand out memory that is not there.
+for _name in ("numpy", "tolist", "item", "__array__", "__dlpack__"):
+    FUNCTIONS[getattr(Tensor, _name)] = partial(unsupported, _name)
 
 
 def _same_kind(a: Tensor, b: Tensor) -> bool:

@@ -36,40 +36,66 @@ def take_slice(w: QuantizedTensor, axis: int, start: int, stop: int) -> Quantize
         return w.rebuild(lambda _, t: t.narrow(axis, start, stop - start))
     side = axis + 2
     size, step = logical_size(w, axis), w.meta.block[side]
-    blocks = _block_range(w, axis, start, stop, size, step)
-    shared = step >= size  # one block spans the axis: its parts keep the scale
-    block = (stop - start if side == 0 else w.meta.block[0], stop - start if side == 1 else w.meta.block[1])
-    meta: dict[str, Any] = {"block": block} if shared else {}
-    if axis == -1:
-        meta["columns"] = stop - start
+    blocks = _block_range(w, start, stop, size, step)
+    meta: dict[str, Any] = {"columns": stop - start} if axis == -1 else {}
+    if step >= size and stop > start:  # one block spans the axis: its parts keep the scale
+        meta["block"] = (stop - start, w.meta.block[1]) if side == 0 else (w.meta.block[0], stop - start)
+    copies = False
 
     def cut(field: Field, tensor: Tensor) -> Tensor:
+        nonlocal copies
         first, last = (start, stop) if field.per == "element" else blocks
         if axis == -2 or not field.packed:
             return tensor.narrow(axis, first, last - first)
         length = size if field.per == "element" else -(-size // step)
+        copies |= not _on_bytes(w.format.bits, length, first, last)
         return _cut_packed(tensor, w.format.bits, length, first, last)
 
-    return w.rebuild(cut, **meta)
+    part = w.rebuild(cut, **meta)
+    part._read_only |= copies or (stop != size and stop % step != 0) or start % step != 0
+    return part
+
+
+def take_steps(w: QuantizedTensor, axis: int, start: int, stop: int, step: int) -> QuantizedTensor:
+    """Every `step`-th row or expert from start to stop, as a view."""
+    if axis == -1 or (axis == -2 and 1 < w.meta.block[0] < logical_size(w, axis)):
+        raise UnsupportedOpError(
+            f"a slice in steps of {step} takes blocks apart that share a scale",
+            where=repr(w),
+            hint="take steps along axes whose elements have scales of their own, or dequantize()",
+        )
+
+    def pick(field: Field, tensor: Tensor) -> Tensor:
+        return torch.ops.aten.slice(tensor, axis, start, stop, step)
+
+    if axis < -2 or w.meta.block[0] == 1:
+        return w.rebuild(pick)
+    part = take_slice(w, axis, start, stop)  # rows of one scale
+    part = part.rebuild(lambda f, t: t[..., ::step, :] if f.per == "element" else t)
+    part._read_only = True
+    part.meta = replace(part.meta, block=(max(part.qdata.shape[-2], 1), w.meta.block[1]))
+    return part
 
 
 def take_rows(w: QuantizedTensor, axis: int, indices: Tensor) -> QuantizedTensor:
     """Rows or experts picked by a 1-D index tensor, in its order; a copy."""
     if axis == -1:
-        raise UnsupportedOpError("columns of a quantized weight cannot be picked by index", where=repr(w))
+        raise UnsupportedOpError("index: columns of a quantized weight cannot be picked by index", where=repr(w))
     step = w.meta.block[0] if axis == -2 else 1
 
     def pick(field: Field, tensor: Tensor) -> Tensor:
         return tensor.index_select(axis, indices if field.per == "element" else indices // step)
 
-    return w.rebuild(pick, block=(1, w.meta.block[1]) if axis == -2 else w.meta.block)
+    return w.rebuild(pick, copied=True, block=(1, w.meta.block[1]) if axis == -2 else w.meta.block)
 
 
 def select(w: QuantizedTensor, axis: int, index: int) -> QuantizedTensor:
     """One expert of a stack, as a view."""
     if axis >= -2:
         raise UnsupportedOpError(
-            "a single row or column of a quantized weight has no packed form", where=repr(w), hint="slice it instead"
+            "select: a single row or column of a quantized weight has no packed form",
+            where=repr(w),
+            hint="slice it instead",
         )
     return w.rebuild(lambda _, t: t.select(axis, index))
 
@@ -85,7 +111,9 @@ def join(parts: list[QuantizedTensor], axis: int) -> QuantizedTensor:
     return type(first)(joined, replace(first.meta, columns=sum(p.meta.columns for p in parts)), first.dtype)
 
 
-def _block_range(w: QuantizedTensor, axis: int, start: int, stop: int, size: int, step: int) -> tuple[int, int]:
+def _block_range(w: QuantizedTensor, start: int, stop: int, size: int, step: int) -> tuple[int, int]:
+    if stop == start:
+        return 0, 0
     if step >= size:
         return 0, 1
     if start % step:
@@ -98,9 +126,13 @@ def _block_range(w: QuantizedTensor, axis: int, start: int, stop: int, size: int
 
 
 def _cut_packed(packed: Tensor, bits: int, length: int, start: int, stop: int) -> Tensor:
-    if start * bits % 8 == 0 and (stop == length or stop * bits % 8 == 0):
+    if _on_bytes(bits, length, start, stop):
         return packed[..., start * bits // 8 : (stop * bits + 7) // 8]
     return pack(unpack(packed, bits, length)[..., start:stop], bits)
+
+
+def _on_bytes(bits: int, length: int, start: int, stop: int) -> bool:
+    return start * bits % 8 == 0 and (stop == length or stop * bits % 8 == 0)
 
 
 def _check_joinable(parts: list[QuantizedTensor], axis: int) -> None:
@@ -117,12 +149,12 @@ def _check_joinable(parts: list[QuantizedTensor], axis: int) -> None:
         )
         if not alike:
             raise UnsupportedOpError(
-                "only weights of one format, block shape and dtype can be joined", where=f"{first!r} and {part!r}"
+                "cat: only weights of one format, block shape and dtype can be joined", where=f"{first!r} and {part!r}"
             )
     side = axis + 2
     whole = side < 0 or all(logical_size(p, axis) % p.meta.block[side] == 0 for p in parts[:-1])
     if not whole:
-        raise UnsupportedOpError("blocks that share a scale would not line up", where=repr(first))
+        raise UnsupportedOpError("cat: blocks that share a scale would not line up", where=repr(first))
 
 
 def _join_columns(parts: list[QuantizedTensor], field: Field) -> Tensor:
