@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, Case, make_weight, read
+from models import Folders
 from torch import Tensor, nn
 
+from llmquant import load, quantize_, save
+from llmquant.config.schemes import parse_scheme
 from llmquant.errors import ConfigError
 from llmquant.kernels import ops, registry
 from llmquant.kernels.cpu import chain
@@ -142,3 +147,27 @@ def test_a_scale_for_all_tokens_makes_them_neighbours_and_others_do_not() -> Non
         activation = Activation(group, dtype=FLOAT8)
         alone: Tensor = torch.stack([ops.fake_quantize(token, activation) for token in x])
         assert torch.equal(ops.fake_quantize(x, activation), alone) == (group != ALL_TOKENS)
+
+
+def test_blocks_of_a_large_weight_are_scaled_by_their_own_largest_value() -> None:
+    """Large enough to be quantized in several pieces, none of which may cut a block."""
+    weight = make_weight((1000, 200)) * torch.logspace(-2, 2, 1000)[:, None]
+    found = Case("float8-b128").quantize(weight)
+    for r, c in ((r, c) for r in range(8) for c in range(2)):
+        assert found.scale[r, c] == weight[128 * r : 128 * r + 128, 128 * c : 128 * c + 128].abs().max() / 448
+    scale = found.scale.repeat_interleave(128, 0)[:1000].repeat_interleave(128, 1)[:, :200]
+    moved = (found.dequantize() - weight).abs()
+    assert torch.all(moved <= weight.abs() * 0.0626 + scale * 2**-10) and moved.max() > 0
+
+
+@pytest.mark.parametrize("scheme", ["f8-float8", "f8-tensor-float8-tensor", "f8-g16-float8-b16x8", "f8-int4-g32"])
+def test_saved_models_come_back_bit_for_bit(scheme: str, folders: Folders, tmp_path: Path) -> None:
+    model = load(folders("llama"))
+    quantize_(model, {"_default": {**parse_scheme(scheme).with_algorithm("rtn").to_dict()}})
+    save(model, tmp_path / "q")
+    again, tokens = load(tmp_path / "q"), torch.arange(8)[None]
+    weights = {name: p for name, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
+    assert weights and all(again.get_parameter(name).meta == p.meta for name, p in weights.items())
+    assert all(torch.equal(again.get_parameter(name), p) for name, p in weights.items())
+    with torch.inference_mode():
+        assert torch.equal(model(tokens).logits, again(tokens).logits)
