@@ -24,10 +24,19 @@ if TYPE_CHECKING:
     from llmquant.config.recipe import list_recipes as list_recipes
     from llmquant.config.recipe import load_recipe as load_recipe
     from llmquant.config.schemes import DynamicActivationConfig as DynamicActivationConfig
+    from llmquant.config.schemes import (
+        Float8DynamicActivationFloat8WeightConfig as Float8DynamicActivationFloat8WeightConfig,
+    )
+    from llmquant.config.schemes import (
+        Float8DynamicActivationInt4WeightConfig as Float8DynamicActivationInt4WeightConfig,
+    )
     from llmquant.config.schemes import Float8WeightOnlyConfig as Float8WeightOnlyConfig
     from llmquant.config.schemes import Int4WeightOnlyConfig as Int4WeightOnlyConfig
     from llmquant.config.schemes import (
         Int8DynamicActivationInt4WeightConfig as Int8DynamicActivationInt4WeightConfig,
+    )
+    from llmquant.config.schemes import (
+        Int8DynamicActivationInt8WeightConfig as Int8DynamicActivationInt8WeightConfig,
     )
     from llmquant.config.schemes import (
         Int8DynamicActivationIntxWeightConfig as Int8DynamicActivationIntxWeightConfig,
@@ -45,6 +54,7 @@ if TYPE_CHECKING:
     from llmquant.integrations.transformers import load as load
     from llmquant.primitives.granularity import MappingType as MappingType
     from llmquant.primitives.granularity import PerAxis as PerAxis
+    from llmquant.primitives.granularity import PerBlock as PerBlock
     from llmquant.primitives.granularity import PerGroup as PerGroup
     from llmquant.primitives.granularity import PerRow as PerRow
     from llmquant.primitives.granularity import PerTensor as PerTensor
@@ -62,9 +72,12 @@ _PUBLIC = {
     "llmquant.config.recipe": ["list_recipes", "load_recipe"],
     "llmquant.config.schemes": [
         "DynamicActivationConfig",
+        "Float8DynamicActivationFloat8WeightConfig",
+        "Float8DynamicActivationInt4WeightConfig",
         "Float8WeightOnlyConfig",
         "Int4WeightOnlyConfig",
         "Int8DynamicActivationInt4WeightConfig",
+        "Int8DynamicActivationInt8WeightConfig",
         "Int8DynamicActivationIntxWeightConfig",
         "Int8WeightOnlyConfig",
         "IntxWeightOnlyConfig",
@@ -77,6 +90,7 @@ _PUBLIC = {
     "llmquant.primitives.granularity": [
         "MappingType",
         "PerAxis",
+        "PerBlock",
         "PerGroup",
         "PerRow",
         "PerTensor",

@@ -28,7 +28,7 @@ class Format:
         storage: the kind of tensor that holds it, a key of `llmquant.tensor.STORAGE`.
         numerics_module: dotted name of the module with its `Numerics` (see `primitives.spec`).
         dtype: torch's name for one value, where it has one.
-        granularities: which of `group`, `row`, `tensor` may share a scale.
+        granularities: which of `group`, `row`, `tensor`, `block` may share a scale.
         group_size: the default group; None means one scale per row.
         asymmetric: whether weights may carry a zero point.
         midpoint: the code (not always an integer) that stands for 0.0 when there is no zero point.
@@ -102,7 +102,7 @@ def _float8(name: str, dtype: torch.dtype) -> Format:
         storage="scaled",
         numerics_module="llmquant.primitives.lowfloat",
         dtype=dtype,
-        granularities=("row", "tensor"),
+        granularities=("row", "tensor", "block"),
     )
 
 

@@ -287,14 +287,17 @@ def _quantize_matrix(
 ) -> None:
     """Fills the inner tensors of one [out, in] matrix, some rows at a time."""
     rows, columns = matrix.shape
-    shared = _shared_qparams(matrix, algorithm, spec) if spec.block[0] > 1 else None
+    tall = spec.block[0]
+    shared = _shared_qparams(matrix, algorithm, spec) if tall > 1 and spec.block == (rows, columns) else None
     allowed = matrix.numel() * matrix.element_size() // (2 * _BYTES_AN_ELEMENT)  # half of the weight
     step = max(min(_CHUNK_ELEMENTS, max(allowed, _SMALLEST_CHUNK)) // columns, 1)
+    if shared is None:
+        step = -(-step // tall) * tall  # whole blocks
     for start in range(0, rows, step):
         part = matrix[start : start + step].float().contiguous()  # sums then run in one order, however it lay
         if shared is None:
             codes, qparams = algorithm(part, _importance(part, stats), spec)
-            _store(qparams, spec, into, slice(start, start + step))
+            _store(qparams, spec, into, slice(start // tall, (start + step) // tall))
         else:
             x = to_blocks(part, (part.shape[0], columns))
             codes = spec.format.numerics.encode(x, shared, spec.format).reshape(part.shape)
@@ -303,10 +306,10 @@ def _quantize_matrix(
         _store(shared, spec, into, slice(None))
 
 
-def _store(qparams: QParams, spec: QuantSpec, into: dict[str, Tensor], rows: slice) -> None:
-    into["scale"][rows] = qparams.scale
+def _store(qparams: QParams, spec: QuantSpec, into: dict[str, Tensor], blocks: slice) -> None:
+    into["scale"][blocks] = qparams.scale
     if qparams.zero_point is not None:
-        into["zero_point"][rows] = pack(qparams.zero_point, spec.format.bits)
+        into["zero_point"][blocks] = pack(qparams.zero_point, spec.format.bits)
 
 
 def _shared_qparams(matrix: Tensor, algorithm: Any, spec: QuantSpec) -> QParams:
@@ -314,7 +317,6 @@ def _shared_qparams(matrix: Tensor, algorithm: Any, spec: QuantSpec) -> QParams:
 
     There are at most 65536 of them, so a whole tensor is chosen for without a float32 copy of it.
     """
-    assert spec.block == tuple(matrix.shape), "blocks span one row or the whole matrix"
     counts = torch.zeros(2**16, dtype=torch.float32, device=matrix.device)
     for rows in matrix.split(max(_CHUNK_ELEMENTS // matrix.shape[1], 1)):
         keys = rows.to(torch.bfloat16).view(torch.int16).flatten().int() + 2**15

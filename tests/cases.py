@@ -51,7 +51,7 @@ class Case:
         return self.scheme
 
 
-_SUFFIX = {"group": "-g32", "row": "-row", "tensor": "-tensor"}
+_SUFFIX = {"group": "-g32", "row": "-row", "tensor": "-tensor", "block": "-b3x32"}
 
 
 def _cases(row: Format) -> list[Case]:

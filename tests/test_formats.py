@@ -23,7 +23,7 @@ def test_rows_are_complete(name: str) -> None:
     assert row.name == name and get_format(name) is row
     assert 1 <= row.bits <= 8 and row.top_code == 2**row.bits - 1
     assert row.storage in STORAGE
-    assert row.granularities and set(row.granularities) <= {"group", "row", "tensor"}
+    assert row.granularities and set(row.granularities) <= {"group", "row", "tensor", "block"}
     assert (row.group_size is None) or "group" in row.granularities
     assert row.algorithms and set(row.algorithms) <= set(ALGORITHMS)
     for function in ("choose_qparams", "encode", "decode", "largest_scaled"):

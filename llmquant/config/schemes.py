@@ -1,10 +1,13 @@
 """What to do to one weight: typed configs, and the short schemes that stand for them.
 
-Grammar: `none | [a8[-g<N>|-token][-sym|-asym]-]<format>[-g<N>|-row|-tensor][-sym|-asym]`, a format being a row of the
+Grammar: `none | [<activation>-]<format>[-g<N>|-row|-tensor|-b<N>|-b<R>x<C>][-sym|-asym]`, a format being a row of the
 table (`int4`, `float8`, `float8-e5m2`, ...). What stands before it is said of activations, what follows of the weight.
-Without a suffix the format's default holds. `a8` quantizes the input of a product to int8 codes, anew each time:
-symmetric in groups of 32 of a token unless it says otherwise (`a8-int4-g32`, `a8-token-asym-int8`); without it
-activations stay as they are.
+Without a suffix the format's default holds; `-b<N>` is short for blocks of N rows and N columns.
+
+An activation is `a8[-g<N>|-token][-sym|-asym]` or `f8[-g<N>|-token|-tensor]`; without one, activations stay as they
+are. `a8` quantizes the input of a product to int8 codes, anew each time: symmetric in groups of 32 of a token unless it
+says otherwise (`a8-int4-g32`, `a8-token-asym-int8`). `f8` quantizes it to float8 (e4m3) numbers, with a scale a token
+unless it says otherwise (`f8-float8`, `f8-tensor-float8-tensor`, `f8-g128-float8-b128`).
 """
 
 from __future__ import annotations
@@ -19,11 +22,12 @@ import torch
 
 from llmquant.errors import ConfigError
 from llmquant.formats import FORMATS, Format, get_format
-from llmquant.primitives.dynamic import DEFAULT_GROUP, Activation
+from llmquant.primitives.dynamic import DEFAULT_GROUP, FLOAT8, INT8, Activation
 from llmquant.primitives.granularity import (
     Granularity,
     MappingType,
     PerAxis,
+    PerBlock,
     PerGroup,
     PerRow,
     PerTensor,
@@ -34,6 +38,7 @@ from llmquant.primitives.granularity import (
 )
 from llmquant.primitives.spec import QuantSpec
 
+_DEFAULT_TOKENS: dict[str, Granularity] = {INT8: PerTokenGroup(DEFAULT_GROUP), FLOAT8: PerToken()}
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -99,8 +104,7 @@ class QuantConfig:
         """The short name of activation, format, granularity and mapping, with defaults left out."""
         row = get_format(self.format)
         assert self.granularity is not None
-        shared = granularity_name(self.granularity)
-        suffix = f"-g{self.granularity.group_size}" if isinstance(self.granularity, PerGroup) else f"-{shared}"
+        suffix = "-" + _shared_name(self.granularity, "g", "b")
         name = self.format if self.granularity == _default_granularity(row) else self.format + suffix
         activation = f"{self.activation.scheme}-" if self.activation else ""
         return activation + name + ("-asym" if self.mapping_type is MappingType.ASYMMETRIC else "")
@@ -108,11 +112,9 @@ class QuantConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON: the inverse of `from_dict`. An activation is named only where there is one."""
         assert self.granularity is not None and self.algorithm is not None
-        shared = granularity_name(self.granularity)
-        group = f"group-{self.granularity.group_size}" if isinstance(self.granularity, PerGroup) else shared
         return {
             "format": self.format,
-            "granularity": group,
+            "granularity": _shared_name(self.granularity, "group-", "block-"),
             "mapping_type": self.mapping_type.value,
             "scale_dtype": str(self.scale_dtype).removeprefix("torch."),
             "algorithm": self.algorithm,
@@ -144,7 +146,7 @@ class WeightOnlyConfig(QuantConfig):
 
 
 class DynamicActivationConfig(QuantConfig):
-    """Quantizes a weight, and the input of each product with it to int8. For the arguments see `QuantConfig`."""
+    """Quantizes a weight, and anew the input of each product with it. For the arguments see `QuantConfig`."""
 
     def __init__(
         self,
@@ -242,17 +244,67 @@ class Int8DynamicActivationIntxWeightConfig(DynamicActivationConfig):
         super().__init__(name, weight_granularity, weight_mapping_type, weight_scale_dtype, algorithm, activation)
 
 
+class Int8DynamicActivationInt8WeightConfig(DynamicActivationConfig):
+    """Activations and weights in eight bits: a scale a token, and a scale a row."""
+
+    def __init__(
+        self,
+        granularity: Granularity = PerAxis(0),  # noqa: B008  (frozen)
+        act_granularity: Granularity = PerToken(),  # noqa: B008  (frozen)
+        act_mapping_type: MappingType = MappingType.SYMMETRIC,
+        mapping_type: MappingType = MappingType.SYMMETRIC,
+        scale_dtype: torch.dtype | None = None,
+        algorithm: str = "search",
+    ) -> None:
+        activation = Activation.of(act_granularity, act_mapping_type)
+        super().__init__("int8", granularity, mapping_type, scale_dtype, algorithm, activation)
+
+
+class Float8DynamicActivationFloat8WeightConfig(DynamicActivationConfig):
+    """Activations and weights as float8 numbers; activations are `torch.float8_e4m3fn`.
+
+    `granularity` says what shares a scale on both sides: `PerRow()` a token and a row, `PerTensor()` all tokens and the
+    whole weight, `PerBlock((r, c))` c neighbours of a token and blocks of r x c weights. A pair says it of activations
+    (`PerToken()`, `PerTokenGroup(n)`, `PerTensor()`) and weights apart.
+    """
+
+    def __init__(
+        self,
+        granularity: Granularity | tuple[Granularity, Granularity] = PerAxis(0),  # noqa: B008  (frozen)
+        weight_dtype: torch.dtype = torch.float8_e4m3fn,
+        scale_dtype: torch.dtype | None = None,
+    ) -> None:
+        tokens, weight = granularity if isinstance(granularity, tuple) else (_of_tokens(granularity), granularity)
+        name, activation = _format_of(weight_dtype, "scaled"), Activation.of(tokens, dtype=FLOAT8)
+        super().__init__(name, weight, scale_dtype=scale_dtype, activation=activation)
+
+
+class Float8DynamicActivationInt4WeightConfig(DynamicActivationConfig):
+    """Activations as float8 numbers, weights in four bits, groupwise."""
+
+    def __init__(
+        self,
+        group_size: int = 128,
+        act_granularity: Granularity = PerToken(),  # noqa: B008  (frozen)
+        mapping_type: MappingType = MappingType.SYMMETRIC,
+        scale_dtype: torch.dtype | None = None,
+        algorithm: str = "search",
+    ) -> None:
+        activation = Activation.of(act_granularity, dtype=FLOAT8)
+        super().__init__("int4", PerGroup(group_size), mapping_type, scale_dtype, algorithm, activation)
+
+
 def parse_scheme(scheme: str) -> QuantConfig | None:
     """A scheme as a config; None for `none`. Raises `ConfigError` that says which part is wrong."""
     if scheme == "none":
         return None
     activation, stem = _split_activation(scheme)
     row, rest = _split_stem(stem)
-    found = re.fullmatch(r"(?:-(g[0-9]+|row|tensor))?(?:-(sym|asym))?", rest)
+    found = re.fullmatch(r"(?:-(g[0-9]+|row|tensor|b[0-9]+(?:x[0-9]+)?))?(?:-(sym|asym))?", rest)
     if not found:
         raise ConfigError(
             f"cannot read {rest!r} in scheme {scheme!r}",
-            hint=f"{row.name} may be followed by -g<size>, -row or -tensor, then -sym or -asym",
+            hint=f"{row.name} may be followed by -g<size>, -row, -tensor or -b<size>, then -sym or -asym",
         )
     shared, mapping = found.groups()
     return _config(
@@ -321,6 +373,16 @@ def _default_granularity(row: Format) -> Granularity:
     return PerGroup(row.group_size) if row.group_size else PerRow()
 
 
+def _shared_name(granularity: Granularity, group: str, block: str) -> str:
+    """A granularity of weights in words: `row`, `tensor`, `<group>32`, `<block>128`, `<block>64x128`."""
+    match granularity:
+        case PerGroup(size):
+            return f"{group}{size}"
+        case PerBlock((rows, columns)):
+            return f"{block}{rows}" if rows == columns else f"{block}{rows}x{columns}"
+    return granularity_name(granularity)
+
+
 def _default_scale_dtype(granularity: Granularity | None) -> torch.dtype:
     return torch.float16 if isinstance(granularity, PerGroup) else torch.float32
 
@@ -334,18 +396,33 @@ def _format_of(dtype: torch.dtype, storage: str) -> str:
 
 def _split_activation(scheme: str) -> tuple[Activation | None, str]:
     """What a scheme says of activations, and the rest, which begins with the format."""
-    if not scheme.startswith("a8"):
+    if not scheme.startswith(("a8", "f8")):
         return None, scheme
-    found = re.fullmatch(r"a8(?:-(g[0-9]+|token))?(?:-(sym|asym))?-(.*)", scheme)
+    found = re.fullmatch(r"(a8|f8)(?:-(g[0-9]+|token|tensor))?(?:-(sym|asym))?-(.*)", scheme)
     if not found:
         raise ConfigError(
             f"cannot read the activations of scheme {scheme!r}",
-            hint="a8 may be followed by -g<size> or -token, then -sym or -asym, and a format: a8-int4-g32",
+            hint="a8 may be followed by -g<size> or -token, then -sym or -asym, and a format: a8-int4-g32; "
+            "f8 by -g<size>, -token or -tensor, and a format: f8-float8",
         )
-    shared, mapping, stem = found.groups()
-    shared = shared or f"g{DEFAULT_GROUP}"
-    granularity = PerToken() if shared == "token" else PerTokenGroup(int(shared[1:]))
-    return Activation.of(granularity, _suffix_mapping(mapping)), stem
+    prefix, shared, mapping, stem = found.groups()
+    dtype = INT8 if prefix == "a8" else FLOAT8
+    return Activation.of(_token_granularity(shared, dtype), _suffix_mapping(mapping), dtype), stem
+
+
+def _token_granularity(shared: str | None, dtype: str) -> Granularity:
+    named = {"token": PerToken(), "tensor": PerTensor(), None: _DEFAULT_TOKENS[dtype]}
+    return named[shared] if shared in named else PerTokenGroup(int(str(shared)[1:]))
+
+
+def _of_tokens(granularity: Granularity) -> Granularity:
+    """What shares a scale of activations, where weights share it so."""
+    match granularity:
+        case PerAxis(0):
+            return PerToken()
+        case PerGroup(size) | PerBlock((_, size)):
+            return PerTokenGroup(size)
+    return granularity
 
 
 def _suffix_mapping(suffix: str | None) -> MappingType:
@@ -364,8 +441,10 @@ def _split_stem(scheme: str) -> tuple[Format, str]:
 def _parse_granularity(text: str) -> Granularity:
     if found := re.fullmatch(r"(?:g|group-)([0-9]+)", text):
         return PerGroup(int(found[1]))
+    if found := re.fullmatch(r"(?:b|block-)([0-9]+)(?:x([0-9]+))?", text):
+        return PerBlock((int(found[1]), int(found[2] or found[1])))
     if text not in ("row", "tensor"):
-        raise ConfigError(f"unknown granularity {text!r}", hint="row, tensor or group-<size>")
+        raise ConfigError(f"unknown granularity {text!r}", hint="row, tensor, group-<size> or block-<size>")
     return PerRow() if text == "row" else PerTensor()
 
 

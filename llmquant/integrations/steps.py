@@ -50,7 +50,7 @@ def linear(x: Tensor, by: Product) -> Tensor:
     weight, bias, activation = by
     if not isinstance(weight, Packed):
         return F.linear(x, weight, bias)
-    return ops.linear(x, weight, bias) if activation is None else ops.linear_int8(x, weight, activation, bias)
+    return ops.linear_as(x, weight, activation, bias)
 
 
 def project(x: Tensor, by: tuple[Product, ...]) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 from llmquant.formats import get_format
 from llmquant.kernels import reference, registry
 from llmquant.kernels.packed import Packed
+from llmquant.primitives import dynamic
 from llmquant.primitives.blocks import block_counts
-from llmquant.primitives.dynamic import Activation, dequantize_activation, quantize_activation
+from llmquant.primitives.dynamic import INT8, Activation, dequantize_activation, quantize_activation
 
 _PACKED = "Tensor qdata, Tensor scale, Tensor? zero_point, str format, int[2] block, SymInt columns"
 
@@ -24,6 +25,7 @@ LIBRARY.define(f"linear(Tensor x, {_PACKED}, Tensor? bias=None) -> Tensor")
 LIBRARY.define(
     f"linear_int8(Tensor x, {_PACKED}, int activation_group, bool activation_asymmetric, Tensor? bias=None) -> Tensor"
 )
+LIBRARY.define("fake_quantize(Tensor x, int group, bool asymmetric, str dtype) -> Tensor")
 LIBRARY.define(f"matmul(Tensor x, {_PACKED}) -> Tensor")
 LIBRARY.define(f"embedding(Tensor indices, {_PACKED}, ScalarType dtype) -> Tensor")
 
@@ -43,6 +45,22 @@ def linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor 
     return torch.ops.llmquant.linear_int8(x, *weight, activation.group, activation.asymmetric, bias)
 
 
+def linear_as(x: Tensor, weight: Packed, activation: Activation | None, bias: Tensor | None = None) -> Tensor:
+    """`linear` of x as the weight asks for it: as it is, in int8 codes, or as what its codes of another dtype mean."""
+    if activation is None:
+        return linear(x, weight, bias)
+    if activation.dtype == INT8:
+        return linear_int8(x, weight, activation, bias)
+    return linear(fake_quantize(x, activation), weight, bias)
+
+
+def fake_quantize(x: Tensor, activation: Activation) -> Tensor:
+    """x [..., K] -> what its codes stand for, in x's dtype (see `primitives.dynamic`); its gradient is theirs."""
+    if _nobody_watches(x):
+        return _fake_quantize(x, activation)
+    return torch.ops.llmquant.fake_quantize(x, activation.group, activation.asymmetric, activation.dtype)
+
+
 def matmul(x: Tensor, weight: Packed) -> Tensor:
     """x [..., N], weight [N, K] -> [..., K] in x's dtype. Differentiable in x."""
     return torch.ops.llmquant.matmul(x, *weight)
@@ -55,7 +73,7 @@ def embedding(indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
     return torch.ops.llmquant.embedding(indices, *weight, dtype)
 
 
-def _nobody_watches(x: Tensor, weight: Packed, bias: Tensor | None) -> bool:
+def _nobody_watches(x: Tensor, weight: Packed | None = None, bias: Tensor | None = None) -> bool:
     """Whether a call may go straight to the backend: plain CPU tensors, and no autograd, tracer, transform or profiler
     that wants to see an operator. Going through torch's dispatcher would cost several microseconds a call."""
     return (
@@ -70,13 +88,12 @@ def _nobody_watches(x: Tensor, weight: Packed, bias: Tensor | None) -> bool:
     )
 
 
-def _learns(x: Tensor, weight: Packed, bias: Tensor | None) -> bool:
+def _learns(x: Tensor, weight: Packed | None, bias: Tensor | None) -> bool:
     """Whether autograd has to see the operator."""
-    return (
-        x.requires_grad
-        or weight.scale.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (weight.zero_point is not None and weight.zero_point.requires_grad)
+    if x.requires_grad or (bias is not None and bias.requires_grad):
+        return True
+    return weight is not None and (
+        weight.scale.requires_grad or (weight.zero_point is not None and weight.zero_point.requires_grad)
     )
 
 
@@ -133,7 +150,19 @@ def _linear_int8_op(x: Tensor, *args: Any) -> Tensor:
 
 def _linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
     _check_linear("linear_int8", x, weight, bias)
+    if activation.dtype != INT8:
+        raise RuntimeError(f"llmquant::linear_int8 takes no activations in {activation.dtype}")
     return registry.backend(weight).linear_int8(x, weight, activation, bias)
+
+
+def _fake_quantize_op(x: Tensor, *args: Any) -> Tensor:
+    return _fake_quantize(x, Activation(*args))
+
+
+def _fake_quantize(x: Tensor, activation: Activation) -> Tensor:
+    if not x.is_floating_point() or x.dim() < 1:
+        raise RuntimeError(f"llmquant::fake_quantize needs floating tokens, not {x.dtype} {tuple(x.shape)}")
+    return dynamic.fake_quantize(x, activation)
 
 
 def _matmul(x: Tensor, *args: Any) -> Tensor:
@@ -158,6 +187,10 @@ def _embedding(indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
 
 def _linear_fake(x: Tensor, qdata: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], qdata.shape[0])
+
+
+def _fake_quantize_fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _matmul_fake(x: Tensor, *args: Any) -> Tensor:
@@ -202,6 +235,10 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(grads)
 
 
+def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return grad, None, None, None
+
+
 def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = linear(grad, ctx.weight) if ctx.needs_input_grad[0] else None
     trained = reference.qparams_gradients(ctx.saved_tensors[0], grad, ctx.weight) if ctx.trains else None
@@ -225,6 +262,7 @@ def _in_order(ctx: Any, grad_x: Tensor | None, trained: tuple[Tensor, Tensor] | 
 for _name, _impl, _fake in (
     ("linear", _linear_op, _linear_fake),
     ("linear_int8", _linear_int8_op, _linear_fake),
+    ("fake_quantize", _fake_quantize_op, _fake_quantize_fake),
     ("matmul", _matmul, _matmul_fake),
     ("embedding", _embedding_op, _embedding_fake),
 ):
@@ -237,3 +275,4 @@ for _name, _save, _backward in (
     ("embedding", _save_weight, _embedding_backward),
 ):
     torch.library.register_autograd(f"llmquant::{_name}", _backward, setup_context=_save, lib=LIBRARY)
+torch.library.register_autograd("llmquant::fake_quantize", _straight_through, lib=LIBRARY)

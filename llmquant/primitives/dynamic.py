@@ -1,15 +1,20 @@
-"""Activations as int8 codes, made anew for every input. This rule is what every kernel has to reproduce.
+"""Activations as int8 or float8 codes, made anew for every input. This rule is what every kernel has to reproduce.
 
 Along a token, `group` neighbours share a scale; the last group may be shorter. All arithmetic is float32:
 
-* symmetric: scale = max|x| / 127, code = round(x / scale) clamped to -127..127, x ~ code * scale;
-* asymmetric: low = min(x, 0) and high = max(x, 0) of the group, scale = (high - low) / 255,
+* int8, symmetric: scale = max|x| / 127, code = round(x / scale) clamped to -127..127, x ~ code * scale;
+* int8, asymmetric: low = min(x, 0) and high = max(x, 0) of the group, scale = (high - low) / 255,
   zero point = round(-128 - low / scale) clamped to -128..127, code = round(x / scale) + zero point clamped likewise,
-  x ~ (code - zero point) * scale.
+  x ~ (code - zero point) * scale;
+* float8 (e4m3fn): scale = max|x| / 448, code = the float8 number nearest to x / scale clamped to -448..448,
+  x ~ code * scale. All tokens of an input may share the scale, too: then a token's codes depend on its neighbours.
 
 Divisions are divisions, not products with an inverse; rounding is half to even. Where the scale is 0 (zeros, or
 numbers so small that it underflows) the divisor is 1. A group that holds NaN or infinity, or whose range overflows,
 gets the scale NaN with codes and zero point 0: every product with it is NaN, never a number that looks right.
+
+Products with int8 codes are sums of integers, scaled afterwards. Products with float8 codes are those of what the codes
+stand for, rounded once to the input's own dtype (`fake_quantize`), with the weights as they are.
 """
 
 from __future__ import annotations
@@ -23,11 +28,18 @@ from torch import Tensor
 
 from llmquant.errors import ConfigError
 from llmquant.primitives.blocks import block_counts, from_blocks, to_blocks
-from llmquant.primitives.granularity import Granularity, MappingType, PerToken, PerTokenGroup
+from llmquant.primitives.granularity import Granularity, MappingType, PerTensor, PerToken, PerTokenGroup
+from llmquant.primitives.lowfloat import round_to_e4m3_
 
 DEFAULT_GROUP = 32
-_DTYPE = "int8"
+INT8, FLOAT8 = "int8", "float8_e4m3fn"
+"""The dtypes of codes, by torch's names."""
+ALL_TOKENS = -1
+"""The group that is the whole input: one scale for all of its tokens."""
+_PREFIXES = {INT8: "a8", FLOAT8: "f8"}
+_DEFAULT_GROUPS = {INT8: DEFAULT_GROUP, FLOAT8: 0}
 _LARGEST_GROUP = 2**31 - 1  # what native code can count with
+_CHUNK_ELEMENTS = 2**16  # whose temporaries stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -35,39 +47,59 @@ class Activation:
     """How the input of a product is quantized.
 
     Attributes:
-        group: neighbours of a token that share a scale; 0 means the whole token.
-        asymmetric: whether groups have zero points.
+        group: neighbours of a token that share a scale; 0 means the whole token, `ALL_TOKENS` (float8 only) all of
+            them.
+        asymmetric: whether groups have zero points (int8 only).
+        dtype: of the codes, `int8` or `float8_e4m3fn`.
 
     Raises:
-        ConfigError: for a group that is negative or too large to count with.
+        ConfigError: for another dtype, for a group that is negative or too large to count with, and for zero points
+            or a scale for all tokens where the dtype has none.
     """
 
     group: int
     asymmetric: bool = False
+    dtype: str = INT8
 
     def __post_init__(self) -> None:
-        if not 0 <= self.group <= _LARGEST_GROUP:
+        if self.dtype not in _PREFIXES:
+            raise ConfigError(f"activations cannot be quantized to {self.dtype!r}", hint=" or ".join(_PREFIXES))
+        if self.dtype == INT8 and self.group == ALL_TOKENS:
+            raise ConfigError("int8 activations have no scale for all tokens", hint="PerToken()")
+        if not ALL_TOKENS <= self.group <= _LARGEST_GROUP:
             raise ConfigError(f"activations cannot be quantized in groups of {self.group}", hint="for instance 32")
+        if self.dtype == FLOAT8 and self.asymmetric:
+            raise ConfigError("float8 activations are symmetric only", hint="leave asym out")
 
     @classmethod
-    def of(cls, granularity: Granularity, mapping_type: MappingType = MappingType.SYMMETRIC) -> Activation:
+    def of(
+        cls, granularity: Granularity, mapping_type: MappingType = MappingType.SYMMETRIC, dtype: str = INT8
+    ) -> Activation:
         """The same in the words of a config. Raises `ConfigError` for what activations cannot have."""
-        if not isinstance(granularity, PerToken | PerTokenGroup):
-            raise ConfigError(
-                f"activations cannot be quantized {granularity}", hint="PerToken() or PerTokenGroup(group_size)"
-            )
-        group = granularity.group_size if isinstance(granularity, PerTokenGroup) else 0
-        return cls(group, mapping_type is MappingType.ASYMMETRIC)
+        asymmetric = mapping_type is MappingType.ASYMMETRIC
+        match granularity:
+            case PerToken():
+                return cls(0, asymmetric, dtype)
+            case PerTokenGroup(group_size):
+                return cls(group_size, asymmetric, dtype)
+            case PerTensor():
+                return cls(ALL_TOKENS, asymmetric, dtype)
+        raise ConfigError(
+            f"activations cannot be quantized {granularity}",
+            hint="PerToken(), PerTokenGroup(group_size), or PerTensor() in float8",
+        )
 
     @property
     def scheme(self) -> str:
-        """What goes before the scheme of a weight: `a8`, `a8-g64`, `a8-token`, `a8-token-asym`."""
-        group = f"-g{self.group}" if self.group else "-token"
-        return "a8" + ("" if self.group == DEFAULT_GROUP else group) + ("-asym" if self.asymmetric else "")
+        """What goes before the scheme of a weight: `a8`, `a8-g64`, `a8-token-asym`, `f8`, `f8-g128`, `f8-tensor`."""
+        names = {0: "-token", ALL_TOKENS: "-tensor"}
+        group = names.get(self.group, f"-g{self.group}")
+        said = "" if self.group == _DEFAULT_GROUPS[self.dtype] else group
+        return _PREFIXES[self.dtype] + said + ("-asym" if self.asymmetric else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON: the inverse of `from_dict`."""
-        return {"dtype": _DTYPE, **asdict(self)}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Any) -> Activation:
@@ -76,22 +108,29 @@ class Activation:
         known = (
             isinstance(values, Mapping)
             and {key: type(value) for key, value in values.items()} == fields
-            and values["dtype"] == _DTYPE
+            and values["dtype"] in _PREFIXES
         )
         if not known:
             raise ConfigError(f"cannot read the activation {values!r}", hint=f"for instance {cls(32).to_dict()}")
-        return cls(values["group"], values["asymmetric"])
+        return cls(**values)
 
     def width(self, columns: int) -> int:
-        """Elements that share a scale in a token of `columns` elements; at least 1."""
-        return max(min(self.group or columns, columns), 1)
+        """Elements that share a scale in a token of `columns` elements; at least 1.
+
+        An input with one scale for all of its tokens counts as one token.
+        """
+        return max(min(self.group if self.group > 0 else columns, columns), 1)
+
+    def tokens(self, shape: torch.Size) -> tuple[int, int]:
+        """Tokens in an input of that shape, and the elements of each; all of it is one where all share a scale."""
+        return (1, shape.numel()) if self.group == ALL_TOKENS else (shape[:-1].numel(), shape[-1])
 
 
 class DynamicCodes(NamedTuple):
     """An activation in codes.
 
-    codes: int8 [..., K].
-    scale: float32 [..., G], G = ceil(K / group).
+    codes: int8 or float8 [..., K].
+    scale: float32 [..., G], G = ceil(K / group); [1, ..., 1] where all tokens share it.
     zero_point: int8 [..., G], or None where codes are symmetric.
     """
 
@@ -102,35 +141,64 @@ class DynamicCodes(NamedTuple):
 
 def quantize_activation(x: Tensor, activation: Activation) -> DynamicCodes:
     """x float [..., K] -> codes, by the rule of this module."""
-    leading, columns = x.shape[:-1], x.shape[-1]
+    tokens, columns = activation.tokens(x.shape)
     block = (1, activation.width(columns))
-    groups = to_blocks(x.reshape(leading.numel(), columns).float(), block)  # [T, G, n], padded with zeros
+    groups = to_blocks(x.reshape(tokens, columns).float(), block)  # [T, G, n], padded with zeros
     low, high, levels, limits = _range(groups, activation)
-    span = high - low
-    scale = torch.where(span.isfinite(), span / levels, torch.nan)
-    divisor = torch.where(scale == 0, 1.0, scale)
-    zero_point = _zero_point(low / divisor, activation)
-    codes = (groups / divisor.unsqueeze(-1)).round_().add_(zero_point.unsqueeze(-1)).clamp_(*limits)
-    flat = from_blocks(codes.nan_to_num_(0.0), leading.numel(), columns, block)
+    scale, divisor = _scales(high - low, levels)
+    codes = groups / divisor.unsqueeze(-1)
+    zero_point = None
+    if activation.asymmetric:
+        zero_point = _zero_point(low / divisor)
+        codes.round_().add_(zero_point.unsqueeze(-1))
+    elif activation.dtype == INT8:
+        codes.round_()
+    codes = from_blocks(codes.clamp_(*limits).nan_to_num_(0.0), tokens, columns, block)
+    leading = (1,) * (x.dim() - 1) if activation.group == ALL_TOKENS else x.shape[:-1]
+    shape = (*leading, scale.shape[-1])
     return DynamicCodes(
-        flat.to(torch.int8).reshape(x.shape),
-        scale.reshape(*leading, scale.shape[-1]),
-        zero_point.to(torch.int8).reshape(*leading, scale.shape[-1]) if activation.asymmetric else None,
+        codes.to(getattr(torch, activation.dtype)).reshape(x.shape),
+        scale.reshape(shape),
+        None if zero_point is None else zero_point.to(torch.int8).reshape(shape),
     )
 
 
 def dequantize_activation(quantized: DynamicCodes, activation: Activation) -> Tensor:
     """Codes -> what they stand for, float32 [..., K]."""
     shape = quantized.codes.shape
-    rows, columns = shape[:-1].numel(), shape[-1]
+    tokens, columns = activation.tokens(shape)
     block = (1, activation.width(columns))
-    scale = quantized.scale.reshape(rows, block_counts(rows, columns, block)[1], 1)
-    distance = to_blocks(steps(quantized, activation).reshape(rows, columns), block)
-    return from_blocks(distance * scale, rows, columns, block).reshape(shape)
+    scale = quantized.scale.reshape(tokens, block_counts(tokens, columns, block)[1], 1)
+    distance = to_blocks(steps(quantized, activation).reshape(tokens, columns), block)
+    return from_blocks(distance * scale, tokens, columns, block).reshape(shape)
+
+
+def fake_quantize(x: Tensor, activation: Activation) -> Tensor:
+    """x float [..., K] -> what its codes stand for, rounded to x's dtype."""
+    tokens, columns = activation.tokens(x.shape)
+    rows = x.reshape(tokens, columns)
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    # Some tokens at a time, so that what lies between x and the result does not leave the cache.
+    step = max(_CHUNK_ELEMENTS // max(columns, 1), 1)
+    for start in range(0, tokens, step):
+        out[start : start + step] = _fake_quantize(rows[start : start + step], activation)
+    return out.reshape(x.shape)
+
+
+def _fake_quantize(rows: Tensor, activation: Activation) -> Tensor:
+    """rows [T, K] -> float32 [T, K]. Codes of float8 are never made: rounded numbers tell as much."""
+    if activation.dtype != FLOAT8:
+        return dequantize_activation(quantize_activation(rows, activation), activation)
+    block = (1, activation.width(rows.shape[1]))
+    groups = to_blocks(rows.float(), block)
+    _, high, levels, limits = _range(groups, activation)
+    scale, divisor = _scales(high, levels)
+    numbers = round_to_e4m3_((groups / divisor.unsqueeze(-1)).clamp_(*limits))
+    return from_blocks(numbers.mul_(scale.unsqueeze(-1)), rows.shape[0], rows.shape[1], block)
 
 
 def steps(quantized: DynamicCodes, activation: Activation) -> Tensor:
-    """Codes less their zero points, float32 [..., K]: integers from -255 to 255."""
+    """Codes less their zero points, float32 [..., K]: integers from -255 to 255, or float8 numbers."""
     codes = quantized.codes.float()
     if quantized.zero_point is None:
         return codes
@@ -138,17 +206,22 @@ def steps(quantized: DynamicCodes, activation: Activation) -> Tensor:
     return codes - quantized.zero_point.float().repeat_interleave(activation.width(columns), -1)[..., :columns]
 
 
-def _range(groups: Tensor, activation: Activation) -> tuple[Tensor, Tensor, float, tuple[int, int]]:
+def _range(groups: Tensor, activation: Activation) -> tuple[Tensor, Tensor, int, tuple[int, int]]:
     """Lowest and highest value of each group [T, G], how many steps lie between them, and the limits of codes."""
     if activation.asymmetric:
         low, high = torch.aminmax(groups, dim=-1)
         return low.clamp(max=0), high.clamp(min=0), 255, (-128, 127)
     high = groups.abs().amax(-1)
-    return torch.zeros_like(high), high, 127, (-127, 127)
+    largest = 127 if activation.dtype == INT8 else 448
+    return torch.zeros_like(high), high, largest, (-largest, largest)
 
 
-def _zero_point(low_steps: Tensor, activation: Activation) -> Tensor:
+def _scales(span: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Scales [T, G] of groups whose range is `span`, and what their values are divided by."""
+    scale = torch.where(span.isfinite(), span / levels, torch.nan)
+    return scale, torch.where(scale == 0, 1.0, scale)
+
+
+def _zero_point(low_steps: Tensor) -> Tensor:
     """Zero points [T, G] as float32 numbers, from the lowest value in steps; 0 for a group without a scale."""
-    if not activation.asymmetric:
-        return torch.zeros_like(low_steps)
     return (-128 - low_steps).round_().clamp_(-128, 127).nan_to_num_(0.0)

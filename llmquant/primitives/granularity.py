@@ -44,6 +44,17 @@ class PerGroup(Granularity):
 
 
 @dataclass(frozen=True)
+class PerBlock(Granularity):
+    """One scale per block of `block_size` (rows, columns); blocks at the edges may be shorter."""
+
+    block_size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if len(self.block_size) != 2 or min(self.block_size) < 1:
+            raise ConfigError(f"block_size must be two numbers of at least 1, not {self.block_size}")
+
+
+@dataclass(frozen=True)
 class PerToken(Granularity):
     """One scale per token of an activation. Not a granularity of weights."""
 
@@ -65,7 +76,7 @@ def PerRow() -> PerAxis:
 
 
 def granularity_name(granularity: Granularity) -> str:
-    """`group`, `row` or `tensor`. Raises `ConfigError` for what weights cannot have."""
+    """`group`, `row`, `tensor` or `block`. Raises `ConfigError` for what weights cannot have."""
     match granularity:
         case PerGroup():
             return "group"
@@ -73,7 +84,11 @@ def granularity_name(granularity: Granularity) -> str:
             return "row"
         case PerTensor():
             return "tensor"
-    raise ConfigError(f"weights cannot be quantized {granularity}", hint="PerGroup(n), PerRow() or PerTensor()")
+        case PerBlock():
+            return "block"
+    raise ConfigError(
+        f"weights cannot be quantized {granularity}", hint="PerGroup(n), PerRow(), PerTensor() or PerBlock((r, c))"
+    )
 
 
 def block_shape(granularity: Granularity, rows: int, columns: int) -> tuple[int, int]:
@@ -83,5 +98,7 @@ def block_shape(granularity: Granularity, rows: int, columns: int) -> tuple[int,
             return 1, columns
         case "tensor":
             return rows, columns
+    if isinstance(granularity, PerBlock):
+        return min(granularity.block_size[0], rows), min(granularity.block_size[1], columns)
     assert isinstance(granularity, PerGroup)
     return 1, min(granularity.group_size, columns)

@@ -32,6 +32,17 @@ def largest_scaled(fmt: Format) -> float:
     return torch.finfo(_dtype(fmt)).max
 
 
+def round_to_e4m3_(x: Tensor) -> Tensor:
+    """Rounds float32 numbers within -448..448, in place, to the nearest e4m3 numbers, half to even.
+
+    In a sum with 1.5 * 2^20 times its power of two, a number's last bit is the last one of e4m3; below 2^-6 that of the
+    subnormals. Several times faster than torch's casts to float8 and back. NaN stays NaN; -0 may become 0.
+    """
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+    anchor = power.clamp_(min=2**-6).mul_(1.5 * 2**20)
+    return x.add_(anchor).sub_(anchor)
+
+
 def _dtype(fmt: Format) -> torch.dtype:
     assert fmt.dtype is not None
     return fmt.dtype

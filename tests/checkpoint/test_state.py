@@ -17,7 +17,7 @@ from llmquant import quantize_
 from llmquant.checkpoint.state import assemble, component_key, components, describe, expected, logical_shape, state_dict
 from llmquant.config.schemes import parse_scheme
 from llmquant.errors import CheckpointError
-from llmquant.primitives.dynamic import Activation
+from llmquant.primitives.dynamic import FLOAT8, Activation
 from llmquant.quantize import quantize_weight
 from llmquant.tensor import QuantizedTensor, tensor_class
 
@@ -141,7 +141,11 @@ def with_activation(scheme: str, shape: tuple[int, ...] = (4, 70), transposed: b
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("activation", [Activation(32), Activation(0), Activation(48, True)], ids=lambda a: a.scheme)
+@pytest.mark.parametrize(
+    "activation",
+    [Activation(32), Activation(0), Activation(48, True), Activation(-1, dtype=FLOAT8)],
+    ids=lambda a: a.scheme,
+)
 @pytest.mark.parametrize("stem", ["int4-g32", "int3-g24-asym", "float8"])
 def test_an_entry_names_the_activation_and_nothing_else_changes(
     stem: str, activation: Activation, transposed: bool

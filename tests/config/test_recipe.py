@@ -61,7 +61,8 @@ def test_a_shipped_recipe_is_complete(name: str) -> None:
     assert recipe.name == name and recipe.description and "_default" in dict(recipe.config.items())
     assert to_config(name) == recipe.config == to_config(recipe)
     assert to_config(to_pairs(recipe.config)) == recipe.config
-    if name in FORMATS or name.removeprefix("a8-").split("-g")[0] in FORMATS:
+    stem = name.removeprefix("a8-").removeprefix("token-").removeprefix("f8-")
+    if stem.split("-g")[0] in FORMATS:
         assert dict(recipe.config.items())["_default"] == parse_scheme(name)  # the name of a scheme means the scheme
 
 

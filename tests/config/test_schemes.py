@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from llmquant.config.schemes import (
     SCALE_DTYPES,
     DynamicActivationConfig,
+    Float8DynamicActivationFloat8WeightConfig,
+    Float8DynamicActivationInt4WeightConfig,
     Float8WeightOnlyConfig,
     Int4WeightOnlyConfig,
     Int8DynamicActivationInt4WeightConfig,
+    Int8DynamicActivationInt8WeightConfig,
     Int8DynamicActivationIntxWeightConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
@@ -28,10 +31,11 @@ from llmquant.config.schemes import (
 )
 from llmquant.errors import ConfigError, LlmQuantError
 from llmquant.formats import FORMATS
-from llmquant.primitives.dynamic import Activation
+from llmquant.primitives.dynamic import ALL_TOKENS, FLOAT8, Activation
 from llmquant.primitives.granularity import (
     MappingType,
     PerAxis,
+    PerBlock,
     PerGroup,
     PerRow,
     PerTensor,
@@ -46,14 +50,22 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 @st.composite
 def configs(draw: st.DrawFn) -> QuantConfig:
     row = FORMATS[draw(st.sampled_from(sorted(FORMATS)))]
-    granularity = {"group": PerGroup(draw(st.integers(1, 4096))), "row": PerRow(), "tensor": PerTensor()}
+    granularity = {
+        "group": PerGroup(draw(st.integers(1, 4096))),
+        "row": PerRow(),
+        "tensor": PerTensor(),
+        "block": PerBlock((draw(st.integers(1, 4096)), draw(st.sampled_from([1, 128])))),
+    }
+    groups = st.sampled_from([0, 1, 32, 48, 4096])
+    int8 = st.builds(Activation, groups, st.booleans())
+    float8 = st.builds(Activation, st.one_of(groups, st.just(ALL_TOKENS)), st.just(False), st.just(FLOAT8))
     return QuantConfig(
         row.name,
         granularity[draw(st.sampled_from(row.granularities))],
         draw(st.sampled_from(list(MappingType) if row.asymmetric else [MappingType.SYMMETRIC])),
         draw(st.sampled_from([None, *SCALE_DTYPES.values()])),
         draw(st.sampled_from([None, *row.algorithms])),
-        draw(st.one_of(st.none(), st.builds(Activation, st.sampled_from([0, 1, 32, 48, 4096]), st.booleans()))),
+        draw(st.one_of(st.none(), int8, float8)),
     )
 
 
@@ -93,6 +105,14 @@ GRAMMAR = [
     ("a8-asym-int4-g32-asym", a8(Activation(32, True), "int4", PerGroup(32), ASYM)),
     ("a8-token-int8", a8(Activation(0), "int8")),
     ("a8-token-asym-int8-tensor", a8(Activation(0, True), "int8", PerTensor())),
+    ("float8-b128", WeightOnlyConfig("float8", PerBlock((128, 128)))),
+    ("float8-e5m2-b1x64-sym", WeightOnlyConfig("float8-e5m2", PerBlock((1, 64)))),
+    ("f8-float8", a8(Activation(0, dtype=FLOAT8), "float8")),
+    ("f8-token-float8", a8(Activation(0, dtype=FLOAT8), "float8")),
+    ("f8-token-sym-float8-row", a8(Activation(0, dtype=FLOAT8), "float8")),
+    ("f8-tensor-float8-tensor", a8(Activation(ALL_TOKENS, dtype=FLOAT8), "float8", PerTensor())),
+    ("f8-g128-float8-b128", a8(Activation(128, dtype=FLOAT8), "float8", PerBlock((128, 128)))),
+    ("f8-int4-g32-asym", a8(Activation(0, dtype=FLOAT8), "int4", PerGroup(32), ASYM)),
     ("a8-g1-asym-float8-e5m2", a8(Activation(1, True), "float8-e5m2")),
 ]
 
@@ -149,6 +169,9 @@ def test_spec(config: QuantConfig, rows: int, columns: int) -> None:
     expected = {"PerAxis": (1, columns), "PerTensor": (rows, columns)}
     if isinstance(config.granularity, PerGroup):
         assert spec.block == (1, min(config.granularity.group_size, columns))
+    elif isinstance(config.granularity, PerBlock):
+        tall, wide = config.granularity.block_size
+        assert spec.block == (min(tall, rows), min(wide, columns))
     else:
         assert spec.block == expected[type(config.granularity).__name__]
 
@@ -184,6 +207,17 @@ def test_scales_are_float16_for_groups_and_float32_elsewhere() -> None:
         (Int8DynamicActivationInt4WeightConfig(64, PerToken()), "a8-token-int4-g64"),
         (Int8DynamicActivationInt4WeightConfig(act_mapping_type=ASYM), "a8-asym-int4-g32"),
         (Int8DynamicActivationInt4WeightConfig(mapping_type=ASYM), "a8-int4-g32-asym"),
+        (Int8DynamicActivationInt8WeightConfig(), "a8-token-int8"),
+        (Int8DynamicActivationInt8WeightConfig(act_mapping_type=ASYM), "a8-token-asym-int8"),
+        (Int8DynamicActivationInt8WeightConfig(PerGroup(32), PerTokenGroup(32), ASYM, ASYM), "a8-asym-int8-g32-asym"),
+        (Float8DynamicActivationFloat8WeightConfig(), "f8-float8"),
+        (Float8DynamicActivationFloat8WeightConfig(PerRow(), E5M2), "f8-float8-e5m2"),
+        (Float8DynamicActivationFloat8WeightConfig(PerTensor()), "f8-tensor-float8-tensor"),
+        (Float8DynamicActivationFloat8WeightConfig(PerBlock((128, 128))), "f8-g128-float8-b128"),
+        (Float8DynamicActivationFloat8WeightConfig((PerToken(), PerTensor())), "f8-float8-tensor"),
+        (Float8DynamicActivationFloat8WeightConfig((PerTokenGroup(64), PerBlock((32, 64)))), "f8-g64-float8-b32x64"),
+        (Float8DynamicActivationInt4WeightConfig(), "f8-int4"),
+        (Float8DynamicActivationInt4WeightConfig(32, PerTensor(), ASYM), "f8-tensor-int4-g32-asym"),
         (Int8DynamicActivationIntxWeightConfig(), "a8-token-asym-int8-g32"),
         (
             Int8DynamicActivationIntxWeightConfig(
@@ -244,6 +278,12 @@ def test_another_algorithm() -> None:
         ({"format": "int4", "granularity": "row", "mapping_type": "asymmetric"}, "int4-row-asym"),
         ({"format": "float8", "granularity": "tensor", "scale_dtype": "float32"}, "float8-tensor"),
         ({"format": "int4", "activation": {"dtype": "int8", "group": 0, "asymmetric": True}}, "a8-token-asym-int4"),
+        (
+            {"format": "int4", "activation": {"dtype": "float8_e4m3fn", "group": -1, "asymmetric": False}},
+            "f8-tensor-int4",
+        ),
+        ({"format": "float8", "granularity": "block-128"}, "float8-b128"),
+        ({"format": "float8", "granularity": "block-64x128"}, "float8-b64x128"),
         ({"format": "int4", "activation": None}, "int4"),
         ({"format": "int4", "algorithm": "search", "scale_dtype": None, "granularity": None}, "int4"),
     ],
@@ -294,6 +334,16 @@ BAD_SCHEMES = {
     "a8-token-g64-int4": "g64-int4",
     "a8-a8-int4": "a8-int4",
     "a8-int4-token": "-token",
+    "a8-tensor-int4": "all tokens",
+    "f8": "f8-float8",
+    "f8float8": "f8-float8",
+    "f8-row-float8": "row-float8",
+    "f8-asym-float8": "symmetric only",
+    "f8-g0-float8": "at least 1",
+    "float8-b": "-b<size>",
+    "float8-b0": "at least 1",
+    "float8-b128x": "-b<size>",
+    "int4-b128": "no scales per block",
     "int4-a8": "-a8",
     "A8-int4": "int4",
 }
@@ -317,7 +367,7 @@ def test_no_text_does_anything_but_parse_or_raise_a_config_error(text: str) -> N
 
 
 @given(
-    st.sampled_from(["", "a8", "a8-"]),
+    st.sampled_from(["", "a8", "a8-", "f8", "f8-"]),
     st.one_of(st.just(""), st.text("-g0123456789tokenaysm", max_size=12)),
     st.sampled_from(sorted(FORMATS)),
     st.text("-g0123456789rowtensaymi", max_size=12),
@@ -349,6 +399,17 @@ BAD_CONFIGS: dict[str, tuple[Any, str]] = {
     ),
     "activations in short": (lambda: from_dict({"format": "int4", "activation": "a8"}), "'group': 32"),
     "empty group of a token": (lambda: Int8DynamicActivationInt4WeightConfig(32, PerTokenGroup(0)), "at least 1"),
+    "float8 activations with zero points": (
+        lambda: DynamicActivationConfig("int4", activation=Activation(0, True, FLOAT8)),
+        "symmetric only",
+    ),
+    "float8 in groups": (lambda: Float8DynamicActivationFloat8WeightConfig(PerGroup(32)), "row, tensor, block"),
+    "float8 weights in integers": (lambda: Float8DynamicActivationFloat8WeightConfig(PerRow(), torch.int8), "e4m3fn"),
+    "int8 for all tokens": (
+        lambda: Int8DynamicActivationInt8WeightConfig(act_granularity=PerTensor()),
+        "all tokens",
+    ),
+    "empty block": (lambda: PerBlock((0, 128)), "at least 1"),
     "empty group": (lambda: Int4WeightOnlyConfig(0), "at least 1"),
     "no format": (lambda: from_dict({"group_size": 64}), "'format'"),
     "misspelt field": (lambda: from_dict({"format": "int4", "groupsize": 64}), "group_size"),

@@ -10,15 +10,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import read_float8
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from llmquant.errors import ConfigError
-from llmquant.primitives.dynamic import Activation, DynamicCodes, dequantize_activation, quantize_activation
+from llmquant.primitives.dynamic import (
+    ALL_TOKENS,
+    FLOAT8,
+    Activation,
+    DynamicCodes,
+    dequantize_activation,
+    fake_quantize,
+    quantize_activation,
+)
 from llmquant.primitives.granularity import MappingType, PerGroup, PerRow, PerTensor, PerToken, PerTokenGroup
 
 ACTIVATIONS = [Activation(group, asymmetric) for group, asymmetric in product((0, 1, 7, 32, 100), (False, True))]
+FLOAT8_ACTIVATIONS = [Activation(group, dtype=FLOAT8) for group in (0, ALL_TOKENS, 1, 7, 32, 100)]
+every_float8 = pytest.mark.parametrize("activation", FLOAT8_ACTIVATIONS, ids=lambda a: a.scheme)
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.scheme)
 F32 = np.float32
 TOP = float(np.finfo(F32).max)
@@ -195,12 +206,133 @@ def test_the_input_stays_as_it_is() -> None:
     assert torch.equal(x, before)
 
 
+# --- float8 -----------------------------------------------------------------------------------------------
+
+MAGNITUDES = np.array([read_float8(code, 4) for code in range(127)])
+"""All e4m3 numbers that are not negative, in order."""
+
+
+def nearest_float8(value: float) -> float:
+    """The e4m3 number nearest to a float32 number, by looking at all; between two, the one whose code is even."""
+    distance = np.abs(MAGNITUDES - abs(value))
+    nearest = np.flatnonzero(distance == distance.min())
+    return math.copysign(MAGNITUDES[nearest[nearest % 2 == 0][0] if len(nearest) > 1 else nearest[0]], value)
+
+
+def naive_float8(x: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """Numbers that the codes mean, and scales, as a loop over groups."""
+    numbers, scales = [], []
+    for token in x.float().reshape(-1, x.numel() if activation.group == ALL_TOKENS else x.shape[-1]).tolist():
+        width = activation.group if activation.group > 0 else len(token)
+        for values in (token[i : i + width] for i in range(0, len(token), width)):
+            high = max(abs(F32(v)) for v in values)
+            finite = all(map(math.isfinite, values))
+            scale = F32(high / F32(448)) if finite else F32(math.nan)
+            divisor = scale if scale else F32(1)
+            scales.append(float(scale))
+            numbers += [nearest_float8(float(np.clip(F32(v) / divisor, -448, 448))) if finite else 0.0 for v in values]
+    return torch.tensor(numbers).reshape(x.shape), torch.tensor(scales)
+
+
+def assert_float8(x: Tensor, activation: Activation) -> None:
+    found = quantize_activation(x, activation)
+    numbers, scales = naive_float8(x, activation)
+    assert found.codes.dtype == torch.float8_e4m3fn and found.zero_point is None
+    assert torch.equal(found.codes.float(), numbers)
+    torch.testing.assert_close(found.scale.flatten(), scales, rtol=0, atol=0, equal_nan=True)
+    meant = dequantize_activation(found, activation)
+    torch.testing.assert_close(fake_quantize(x, activation), meant.to(x.dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@every_float8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (70,), (3, 70), (2, 3, 33), (1, 1, 128)], ids=str)
+def test_float8_codes_are_the_nearest_of_all(
+    activation: Activation, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    for x in (torch.randn(shape), torch.randn(shape) * torch.logspace(-5, 5, shape[-1])):
+        assert_float8(x.to(dtype), activation)
+
+
+@given(
+    st.lists(st.one_of(st.floats(width=32), st.sampled_from(EXTREMES)), min_size=1, max_size=40),
+    st.sampled_from(FLOAT8_ACTIVATIONS),
+)
+def test_float8_codes_are_the_nearest_of_all_whatever_the_numbers(values: list[float], activation: Activation) -> None:
+    assert_float8(torch.tensor(values), activation)
+
+
+def test_every_float8_boundary_is_rounded_to_even() -> None:
+    """All numbers, all midpoints, and the float32 neighbours of these; 448 makes the scale 1."""
+    middles = torch.tensor((MAGNITUDES[1:] + MAGNITUDES[:-1]) / 2).float()
+    up, down = (torch.nextafter(middles, torch.tensor(to)) for to in (math.inf, 0.0))
+    x = torch.cat([torch.tensor(MAGNITUDES).float(), middles, up, down])
+    assert_float8(torch.cat([x, -x]), Activation(0, dtype=FLOAT8))
+
+
+@every_float8
+def test_float8_values_move_by_half_a_digit_and_no_less(activation: Activation) -> None:
+    x = torch.randn(50, 96)
+    moved = ((fake_quantize(x, activation) - x) / x).abs()
+    normal = x.abs() > quantize_activation(x, activation).scale.max() * 2**-6
+    if activation.group == 1:
+        assert moved.max() < 1e-6  # its own extreme has a code
+        return
+    assert 0.058 < moved[normal].max() <= 0.0626 and 0.015 < moved[normal].mean() < 0.03
+
+
+@every_float8
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_makes_its_own_float8_group_nan_and_no_other(activation: Activation, bad: float) -> None:
+    x = torch.randn(3, 70)
+    clean = fake_quantize(x, activation)
+    x[1, 40] = bad
+    found = fake_quantize(x, activation)
+    width = activation.width(70)
+    hit = torch.zeros(3, 70, dtype=torch.bool)
+    hit[1, 40 // width * width : 40 // width * width + width] = True
+    hit |= activation.group == ALL_TOKENS
+    assert torch.all(found[hit].isnan()) and torch.equal(found[~hit], clean[~hit])
+    assert torch.all(quantize_activation(x, activation).codes.float()[hit] == 0)
+
+
+@every_float8
+def test_float8_keeps_zeros_and_survives_extremes(activation: Activation) -> None:
+    assert torch.equal(fake_quantize(torch.zeros(3, 70), activation), torch.zeros(3, 70))
+    for size, dtype in ((TOP, torch.float32), (65504.0, torch.float16), (2.0**-149, torch.float32)):
+        x = torch.full((2, 70), size, dtype=dtype)
+        assert fake_quantize(x, activation).isfinite().all()
+
+
+def test_all_tokens_share_the_scale_of_the_largest() -> None:
+    x = torch.randn(2, 3, 70)
+    found = quantize_activation(x, Activation(ALL_TOKENS, dtype=FLOAT8))
+    assert found.scale.shape == (1, 1, 1) and found.scale.item() == x.abs().max() / 448
+
+
+@pytest.mark.parametrize("activation", FLOAT8_ACTIVATIONS + ACTIVATIONS[::3], ids=lambda a: a.scheme)
+@pytest.mark.parametrize("shape", [(0, 70), (0,), (3, 0), (2, 0, 5), (700, 200)], ids=str)
+def test_fake_quantization_of_nothing_and_of_many(activation: Activation, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape).mT.contiguous().mT if len(shape) > 1 else torch.randn(shape)
+    before, found = x.clone(), fake_quantize(x, activation)
+    assert torch.equal(found, dequantize_activation(quantize_activation(x, activation), activation))
+    assert torch.equal(x, before) and found.is_contiguous()
+
+
 # --- how it is written ------------------------------------------------------------------------------------
 
 
-@every_activation
+@pytest.mark.parametrize("activation", ACTIVATIONS + FLOAT8_ACTIVATIONS, ids=lambda a: a.scheme)
 def test_json_round_trip(activation: Activation) -> None:
     assert Activation.from_dict(json.loads(json.dumps(activation.to_dict()))) == activation
+
+
+def test_json_of_earlier_versions_is_read() -> None:
+    assert Activation.from_dict({"dtype": "int8", "group": 64, "asymmetric": True}) == Activation(64, True)
+
+
+def test_schemes_of_float8() -> None:
+    assert [a.scheme for a in FLOAT8_ACTIVATIONS[:4]] == ["f8", "f8-tensor", "f8-g1", "f8-g7"]
 
 
 def test_schemes() -> None:
@@ -216,7 +348,10 @@ def test_granularities() -> None:
 
 
 BAD: dict[str, Any] = {
-    "negative": lambda: Activation(-1),
+    "negative": lambda: Activation(-2, dtype=FLOAT8),
+    "int8 for all tokens": lambda: Activation(ALL_TOKENS),
+    "unknown dtype": lambda: Activation(0, dtype="float8_e5m2"),
+    "float8 with zero points": lambda: Activation(0, True, FLOAT8),
     "too large": lambda: Activation(2**31),
     "no group": lambda: PerTokenGroup(0),
     "per row": lambda: Activation.of(PerRow()),

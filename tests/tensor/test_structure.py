@@ -14,6 +14,7 @@ from layouts import LAYOUTS, Layout
 from torch import Tensor
 
 from llmquant.errors import UnsupportedOpError
+from llmquant.primitives.granularity import PerBlock
 from llmquant.tensor import QuantizedTensor
 
 Operation = Callable[[Any, Layout], Any]
@@ -129,7 +130,11 @@ def test_same_as_on_the_dequantized_tensor(name: str, case: Case) -> None:
         check(operation, at.quantize(case, dtype), at, f"{name}, {at}, {dtype}")
 
 
-@pytest.mark.parametrize("case", [c for c in ALL_CASES if c not in ONE_PER_FORMAT and "-g24" not in c.scheme], ids=str)
+OTHERS = [c for c in ALL_CASES if c not in ONE_PER_FORMAT and "-g24" not in c.scheme]
+BLOCKS = [c for c in OTHERS if isinstance(c.config.granularity, PerBlock)]
+
+
+@pytest.mark.parametrize("case", [c for c in OTHERS if c not in BLOCKS], ids=str)
 def test_structure_in_every_other_granularity_and_mapping(case: Case) -> None:
     for name in (
         "narrow rows",
@@ -141,6 +146,21 @@ def test_structure_in_every_other_granularity_and_mapping(case: Case) -> None:
     ):
         for at in LAYOUTS:
             check(ANYWHERE[name], at.quantize(case), at, f"{name}, {at}")
+
+
+@pytest.mark.parametrize("at", LAYOUTS, ids=str)
+@pytest.mark.parametrize("case", BLOCKS, ids=str)
+def test_slices_of_blocks_of_several_rows_begin_at_their_edges(case: Case, at: Layout) -> None:
+    operations: dict[str, Operation] = {
+        "a block": lambda t, at: t.narrow(at.r, 3, 3),
+        "cut a block": lambda t, at: t.narrow(at.r, 0, 5),
+        "slice of a slice": lambda t, at: t.narrow(at.r, 3, 2).narrow(at.c, 32, 38).narrow(at.c, 0, 32),
+        **{name: ANYWHERE[name] for name in ("cut a tail", "split columns", "index_select rows", "rows of columns")},
+    }
+    for name, operation in operations.items():
+        check(operation, at.quantize(case), at, name)
+    with pytest.raises(UnsupportedOpError, match="cuts a block"):
+        at.quantize(case).narrow(at.r, 1, 3)
 
 
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)

@@ -18,7 +18,7 @@ from torch import Tensor
 from llmquant.kernels import registry
 from llmquant.kernels.cpu import library, matrix_of
 from llmquant.kernels.packed import Packed
-from llmquant.primitives.dynamic import Activation
+from llmquant.primitives.dynamic import INT8, Activation
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDEST_HEAD = 256
@@ -59,6 +59,8 @@ def refusal(weight: Packed, activation: Activation | None) -> str | None:
         return f"{choice.kernel} serves the weights"
     if matrix_of(weight).matrix.table is not None:
         return f"there are no integer products of {weight.format}"
+    if activation is not None and activation.dtype != INT8:
+        return f"activations are {activation.dtype}"
     if activation is not None and activation.width(weight.columns) % 32 and activation.group:
         return f"activation groups of {activation.group} are no multiple of 32"
     return None
