@@ -12,7 +12,7 @@ from torch import Tensor
 from llmquant.errors import UnsupportedOpError
 from llmquant.kernels import ops
 from llmquant.tensor import slicing
-from llmquant.tensor.base import DISPATCH, FUNCTIONS, KEEPS_GRADIENTS, QuantizedTensor, unsupported
+from llmquant.tensor.base import DISPATCH, FUNCTIONS, KEEPS_GRADIENTS, Field, QuantizedTensor, unsupported
 
 aten = torch.ops.aten
 
@@ -162,7 +162,16 @@ def _view(func: Any, w: QuantizedTensor, shape: Any, *_: Any) -> QuantizedTensor
         return _alike(func, w)
     if w.meta.transposed or w.meta.block[0] != 1 or len(shape) < 2 or shape[-1] != w.meta.columns:
         return unsupported(func, w)
-    return w.rebuild(lambda _, t: t.reshape(*shape[:-1], t.shape[-1]))
+    own_rows = shape[-2] == w.shape[-2]  # each matrix stays one
+    if not own_rows and w.dim() > 2 and any(field.per == "matrix" for field, _ in w.parts()):
+        return unsupported(func, w)
+
+    def change(field: Field, tensor: Tensor) -> Tensor:
+        if field.per != "matrix":
+            return tensor.reshape(*shape[:-1], tensor.shape[-1])
+        return tensor.reshape(*shape[:-2], 1, 1) if own_rows else tensor.expand(*shape[:-2], 1, 1)
+
+    return w.rebuild(change)
 
 
 @dispatch(aten.slice)
@@ -278,9 +287,11 @@ def _is_pinned(func: Any, w: QuantizedTensor, *args: Any) -> bool:
 def _copy(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if not _same_kind(target, source):
         return unsupported(func, target, source)
-    assert isinstance(target, QuantizedTensor)
+    assert isinstance(target, QuantizedTensor) and isinstance(source, QuantizedTensor)
+    slicing.check_writable(target, source)
     for field, tensor in target.parts():
         tensor.copy_(getattr(source, field.name), non_blocking)
+    QuantizedTensor.writes += 1
     return target
 
 
