@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     )
     from llmquant.config.schemes import Int8WeightOnlyConfig as Int8WeightOnlyConfig
     from llmquant.config.schemes import IntxWeightOnlyConfig as IntxWeightOnlyConfig
+    from llmquant.config.schemes import MXWeightOnlyConfig as MXWeightOnlyConfig
+    from llmquant.config.schemes import NVFP4WeightOnlyConfig as NVFP4WeightOnlyConfig
     from llmquant.config.schemes import WeightOnlyConfig as WeightOnlyConfig
     from llmquant.errors import LlmQuantError as LlmQuantError
     from llmquant.formats import Format as Format
@@ -81,6 +83,8 @@ _PUBLIC = {
         "Int8DynamicActivationIntxWeightConfig",
         "Int8WeightOnlyConfig",
         "IntxWeightOnlyConfig",
+        "MXWeightOnlyConfig",
+        "NVFP4WeightOnlyConfig",
         "WeightOnlyConfig",
     ],
     "llmquant.errors": ["LlmQuantError"],

@@ -33,6 +33,11 @@ class Format:
         asymmetric: whether weights may carry a zero point.
         midpoint: the code (not always an integer) that stands for 0.0 when there is no zero point.
         algorithms: how its codes and scales can be chosen; the first is the default.
+        element: what one code is, where it is a small float: a key of `primitives.minifloat.MINIFLOATS`.
+        fixed_group: whether groups have the default size and no other.
+        scale_dtypes: how scales may be stored, the first by default; empty means 16 or 32 bits, as the config says.
+        scale_rules: named rules for scales, the first by default; empty where there is only one.
+        tensor_scale: whether each matrix also has one float32 scale, by which its block scales are multiplied.
     """
 
     name: str
@@ -45,6 +50,11 @@ class Format:
     asymmetric: bool = False
     midpoint: float = 0.0
     algorithms: tuple[str, ...] = ("rtn",)
+    element: str = ""
+    fixed_group: bool = False
+    scale_dtypes: tuple[torch.dtype, ...] = ()
+    scale_rules: tuple[str, ...] = ()
+    tensor_scale: bool = False
 
     @property
     def numerics(self) -> Numerics:
@@ -103,6 +113,23 @@ def _float8(name: str, dtype: torch.dtype) -> Format:
         numerics_module="llmquant.primitives.lowfloat",
         dtype=dtype,
         granularities=("row", "tensor", "block"),
+        element=str(dtype).removeprefix("torch.float8_"),
+    )
+
+
+def _mx(name: str, bits: int, element: str) -> Format:
+    return Format(
+        name=name,
+        bits=bits,
+        storage="scaled",
+        numerics_module="llmquant.primitives.mx",
+        granularities=("group",),
+        group_size=32,
+        algorithms=("search", "rtn"),
+        element=element,
+        fixed_group=True,
+        scale_dtypes=(torch.float8_e8m0fnu,),
+        scale_rules=("floor", "ceil", "even", "rceil"),
     )
 
 
@@ -110,3 +137,23 @@ for _bits in range(1, 9):
     register_format(_integer(_bits))
 register_format(_float8("float8", torch.float8_e4m3fn))
 register_format(_float8("float8-e5m2", torch.float8_e5m2))
+register_format(_mx("mxfp4", 4, "e2m1"))
+register_format(_mx("mxfp6-e2m3", 6, "e2m3"))
+register_format(_mx("mxfp6-e3m2", 6, "e3m2"))
+register_format(_mx("mxfp8", 8, "e4m3fn"))
+register_format(_mx("mxfp8-e5m2", 8, "e5m2"))
+register_format(
+    Format(
+        name="nvfp4",
+        bits=4,
+        storage="scaled",
+        numerics_module="llmquant.primitives.nvfp4",
+        granularities=("group",),
+        group_size=16,
+        algorithms=("search", "rtn"),
+        element="e2m1",
+        fixed_group=True,
+        scale_dtypes=(torch.float8_e4m3fn,),
+        tensor_scale=True,
+    )
+)

@@ -19,7 +19,7 @@ from llmquant.config.schemes import QuantConfig
 from llmquant.errors import AlreadyQuantizedError, BadWeightError, NothingToQuantizeError
 from llmquant.packing.bits import pack
 from llmquant.primitives.blocks import block_counts, to_blocks
-from llmquant.primitives.spec import QParams, QuantSpec
+from llmquant.primitives.spec import QParams, QuantSpec, storage_dtype
 from llmquant.tensor import Meta, QuantizedTensor, tensor_class
 
 Progress = Callable[[int, int, str], None]
@@ -275,8 +275,10 @@ def _allocate(logical: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     row_bytes, device = spec.format.row_bytes, logical.device
     tensors = {
         "qdata": torch.empty(*experts, rows, row_bytes(columns), dtype=torch.uint8, device=device),
-        "scale": torch.empty(*experts, across, along, dtype=spec.scale_dtype, device=device),
+        "scale": torch.empty(*experts, across, along, dtype=storage_dtype(spec.scale_dtype), device=device),
     }
+    if spec.format.tensor_scale:
+        tensors["tensor_scale"] = torch.empty(*experts, 1, 1, dtype=torch.float32, device=device)
     if spec.asymmetric:
         tensors["zero_point"] = torch.empty(*experts, across, row_bytes(along), dtype=torch.uint8, device=device)
     return tensors
@@ -287,6 +289,8 @@ def _quantize_matrix(
 ) -> None:
     """Fills the inner tensors of one [out, in] matrix, some rows at a time."""
     rows, columns = matrix.shape
+    if spec.format.tensor_scale:
+        into["tensor_scale"].fill_(_tensor_scale(matrix, spec))
     tall = spec.block[0]
     shared = _shared_qparams(matrix, algorithm, spec) if tall > 1 and spec.block == (rows, columns) else None
     allowed = matrix.numel() * matrix.element_size() // (2 * _BYTES_AN_ELEMENT)  # half of the weight
@@ -295,6 +299,8 @@ def _quantize_matrix(
         step = -(-step // tall) * tall  # whole blocks
     for start in range(0, rows, step):
         part = matrix[start : start + step].float().contiguous()  # sums then run in one order, however it lay
+        if spec.format.tensor_scale:
+            part = part / into["tensor_scale"]
         if shared is None:
             codes, qparams = algorithm(part, _importance(part, stats), spec)
             _store(qparams, spec, into, slice(start // tall, (start + step) // tall))
@@ -306,8 +312,15 @@ def _quantize_matrix(
         _store(shared, spec, into, slice(None))
 
 
+def _tensor_scale(matrix: Tensor, spec: QuantSpec) -> Tensor:
+    """The scale of the whole matrix with which its largest block gets the largest block scale; never zero."""
+    largest = torch.stack(torch.aminmax(matrix)).float().abs().amax()
+    reach = torch.finfo(spec.scale_dtype).max * spec.format.numerics.largest_scaled(spec.format)
+    return (largest / reach).clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def _store(qparams: QParams, spec: QuantSpec, into: dict[str, Tensor], blocks: slice) -> None:
-    into["scale"][blocks] = qparams.scale
+    into["scale"][blocks] = qparams.scale.view(into["scale"].dtype)
     if qparams.zero_point is not None:
         into["zero_point"][blocks] = pack(qparams.zero_point, spec.format.bits)
 
@@ -340,6 +353,8 @@ def _importance(rows: Tensor, stats: Tensor | None) -> Tensor | None:
 def _check_range(largest: float, weight: Tensor, config: QuantConfig, fqn: str | None) -> None:
     """Refuses weights so large that the stored scale would overflow."""
     spec = config.spec(*weight.shape[-2:])
+    if spec.format.tensor_scale:
+        return  # which reaches as far as float32
     reach = torch.finfo(spec.scale_dtype).max * spec.format.numerics.largest_scaled(spec.format)
     if largest > reach:
         name = str(spec.scale_dtype).removeprefix("torch.")

@@ -51,12 +51,15 @@ class Case:
         return self.scheme
 
 
-_SUFFIX = {"group": "-g32", "row": "-row", "tensor": "-tensor", "block": "-b3x32"}
+def _suffix(row: Format, shared: str) -> str:
+    if shared == "block":
+        return "-b3x32"
+    return f"-g{row.group_size if row.fixed_group else 32}" if shared == "group" else f"-{shared}"
 
 
 def _cases(row: Format) -> list[Case]:
     mappings = ("", "-asym") if row.asymmetric else ("",)
-    return [Case(row.name + _SUFFIX[g] + m) for g, m in product(row.granularities, mappings)]
+    return [Case(row.name + _suffix(row, g) + m) for g, m in product(row.granularities, mappings)]
 
 
 CASES = [case for row in FORMATS.values() for case in _cases(row)]
@@ -67,7 +70,7 @@ ODD_GROUPS = [Case(f"{row.name}-g24-asym") for row in FORMATS.values() if row.as
 ALL_CASES = CASES + ODD_GROUPS
 
 ONE_PER_FORMAT = [
-    Case(f"{row.name}-g32-asym") if row.asymmetric else Case(row.name + _SUFFIX[row.granularities[0]])
+    Case(f"{row.name}-g32-asym") if row.asymmetric else Case(row.name + _suffix(row, row.granularities[0]))
     for row in FORMATS.values()
 ]
 """Every format once, in its most demanding way."""
@@ -89,12 +92,11 @@ def read_codes(packed: Tensor, bits: int, length: int) -> np.ndarray:
     return np.array(codes, dtype=np.int64).reshape(*packed.shape[:-1], length)
 
 
-def read_float8(code: int, exponent_bits: int) -> float:
-    """The value of a float8 byte with that many exponent bits, by the OCP specification."""
-    mantissa_bits = 7 - exponent_bits
-    bias = 2 ** (exponent_bits - 1) - 1
-    sign = -1.0 if code & 0x80 else 1.0
-    exponent, mantissa = (code & 0x7F) >> mantissa_bits, (code & 0x7F) % 2**mantissa_bits
+def read_float(code: int, exponent_bits: int, mantissa_bits: int) -> float:
+    """The value of a small float with that many bits (and a sign), by the OCP specifications."""
+    width, bias = exponent_bits + mantissa_bits, 2 ** (exponent_bits - 1) - 1
+    sign = -1.0 if code >> width else 1.0
+    exponent, mantissa = code % 2**width >> mantissa_bits, code % 2**mantissa_bits
     if exponent_bits == 4 and code & 0x7F == 0x7F:
         return float("nan")
     if exponent_bits == 5 and exponent == 31:
@@ -104,22 +106,51 @@ def read_float8(code: int, exponent_bits: int) -> float:
     return sign * (1 + mantissa / 2**mantissa_bits) * 2.0 ** (exponent - bias)
 
 
+def read_float8(code: int, exponent_bits: int) -> float:
+    """The value of a float8 byte with that many exponent bits."""
+    return read_float(code, exponent_bits, 7 - exponent_bits)
+
+
+# Exponent and mantissa bits.
+ELEMENT_BITS = {
+    "float8": (4, 3),
+    "float8-e5m2": (5, 2),
+    "mxfp4": (2, 1),
+    "mxfp6-e2m3": (2, 3),
+    "mxfp6-e3m2": (3, 2),
+    "mxfp8": (4, 3),
+    "mxfp8-e5m2": (5, 2),
+    "nvfp4": (2, 1),
+}
+
+
 def _affine_values(codes: np.ndarray, zeros: np.ndarray | None, fmt: Format) -> np.ndarray:
     if zeros is None:
         zeros = np.full(codes.shape, 0.5 if fmt.bits == 1 else 2.0 ** (fmt.bits - 1))
     return codes - zeros
 
 
-def _float8_values(codes: np.ndarray, zeros: np.ndarray | None, fmt: Format) -> np.ndarray:
+def _float_values(codes: np.ndarray, zeros: np.ndarray | None, fmt: Format) -> np.ndarray:
     assert zeros is None
-    table = np.array([read_float8(code, 5 if fmt.name.endswith("e5m2") else 4) for code in range(256)])
+    table = np.array([read_float(code, *ELEMENT_BITS[fmt.name]) for code in range(2**fmt.bits)])
     return table[codes]
 
 
 VALUES: dict[str, Callable[[np.ndarray, np.ndarray | None, Format], np.ndarray]] = {
     "affine": _affine_values,
-    "scaled": _float8_values,
+    "scaled": _float_values,
 }
+
+
+def read_scales(weight: QuantizedTensor) -> np.ndarray:
+    """The scale of each block in float64; a product with a tensor scale is rounded to float32."""
+    if weight.scale_dtype == torch.float8_e8m0fnu:
+        return 2.0 ** (weight.scale.numpy().astype(np.float64) - 127)
+    if weight.scale_dtype != torch.float8_e4m3fn:
+        return weight.scale.double().numpy()
+    table = np.array([read_float8(code, 4) for code in range(256)])
+    scale = table[weight.scale.numpy()]
+    return (scale * weight.tensor_scale.double().numpy()).astype(np.float32).astype(np.float64)  # type: ignore[attr-defined]
 
 
 def read(weight: QuantizedTensor) -> np.ndarray:
@@ -128,7 +159,7 @@ def read(weight: QuantizedTensor) -> np.ndarray:
     codes = read_codes(weight.qdata, fmt.bits, columns)
     rows = codes.shape[-2]
     across, along = np.arange(rows) // block_rows, np.arange(columns) // block_columns
-    scale = weight.scale.double().numpy()[..., across[:, None], along[None, :]]
+    scale = read_scales(weight)[..., across[:, None], along[None, :]]
     zeros = None
     if weight.zero_point is not None:
         points = read_codes(weight.zero_point, fmt.bits, int(along[-1]) + 1)

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 
 KINDS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1"}
+FLOATS = {"float8": (4, 3), "float8-e5m2": (5, 2), "mxfp4": (2, 1), "mxfp6-e2m3": (2, 3), "mxfp6-e3m2": (3, 2)}
+FLOATS |= {"mxfp8": (4, 3), "mxfp8-e5m2": (5, 2), "nvfp4": (2, 1)}  # exponent and mantissa bits
 
 
 def read_codes(rows: np.ndarray, bits: int, length: int) -> np.ndarray:
@@ -14,11 +16,20 @@ def read_codes(rows: np.ndarray, bits: int, length: int) -> np.ndarray:
     return stream.reshape(*rows.shape[:-1], length, bits) @ (1 << np.arange(bits))
 
 
-def read_float8(codes: np.ndarray, exponent_bits: int) -> np.ndarray:
-    width, bias = 7 - exponent_bits, 2 ** (exponent_bits - 1) - 1
-    exponent, mantissa = (codes & 127) >> width, codes & (2**width - 1)
+def read_float(codes: np.ndarray, exponent_bits: int, width: int) -> np.ndarray:
+    sign, bias = 2 ** (exponent_bits + width), 2 ** (exponent_bits - 1) - 1
+    exponent, mantissa = codes % sign >> width, codes % 2**width
     significand = np.where(exponent == 0, mantissa, mantissa + 2**width)
-    return np.where(codes & 128, -1.0, 1.0) * np.ldexp(significand, np.maximum(exponent, 1) - bias - width)
+    return np.where(codes & sign, -1.0, 1.0) * np.ldexp(significand, np.maximum(exponent, 1).astype(int) - bias - width)
+
+
+def read_scales(fqn: str, kind: str, tensors: dict) -> np.ndarray:
+    stored = tensors[f"{fqn}_scale"]
+    if kind == "float8_e8m0fnu":
+        return np.ldexp(np.float32(1), stored.astype(int) - 127)
+    if kind == "float8_e4m3fn":
+        return read_float(stored, 4, 3).astype(np.float32) * tensors[f"{fqn}_tensor_scale"]
+    return stored.astype(np.float32)
 
 
 def read_weight(fqn: str, entry: dict, tensors: dict) -> np.ndarray:
@@ -27,11 +38,11 @@ def read_weight(fqn: str, entry: dict, tensors: dict) -> np.ndarray:
     values = read_codes(tensors[fqn][..., 0], bits, columns)
     if entry["asymmetric"]:
         values = values - read_codes(tensors[f"{fqn}_zero_point"], bits, along[-1] + 1)[..., across[:, None], along]
-    elif entry["format"].startswith("float8"):
-        values = read_float8(values, 5 if entry["format"].endswith("e5m2") else 4)
+    elif entry["format"] in FLOATS:
+        values = read_float(values, *FLOATS[entry["format"]])
     else:
         values = values - (0.5 if bits == 1 else 2 ** (bits - 1))
-    values = values.astype(np.float32) * tensors[f"{fqn}_scale"].astype(np.float32)[..., across[:, None], along]
+    values = values.astype(np.float32) * read_scales(fqn, entry["scale_dtype"], tensors)[..., across[:, None], along]
     return values.swapaxes(-1, -2) if entry["transposed"] else values
 
 
@@ -44,6 +55,6 @@ def read(folder: Path) -> dict[str, np.ndarray]:
                 kind, (first, last) = about["dtype"], about["data_offsets"]
                 array = np.frombuffer(data[start + first : start + last], KINDS[kind]).reshape(about["shape"])
                 tensors[key] = (array.astype("<u4") << 16).view("<f4") if kind == "BF16" else array
-    taken = {f"{fqn}{suffix}" for fqn in entries for suffix in ("", "_scale", "_zero_point")}
+    taken = {f"{fqn}{suffix}" for fqn in entries for suffix in ("", "_scale", "_tensor_scale", "_zero_point")}
     plain = {key: array.astype(np.float32) for key, array in tensors.items() if key not in taken}
     return plain | {fqn: read_weight(fqn, entry, tensors) for fqn, entry in entries.items()}

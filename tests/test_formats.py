@@ -52,12 +52,23 @@ def test_numerics_keep_shapes_and_dtypes(name: str) -> None:
     row = FORMATS[name]
     x = torch.randn(2, 3, 8)
     for mapping in MappingType if row.asymmetric else [MappingType.SYMMETRIC]:
-        qparams = row.numerics.choose_qparams(x, torch.ones_like(x), QuantSpec(row, (1, 8), mapping, torch.float16))
+        scale_dtype = (row.scale_dtypes or (torch.float16,))[0]
+        qparams = row.numerics.choose_qparams(x, torch.ones_like(x), QuantSpec(row, (1, 8), mapping, scale_dtype))
         codes = row.numerics.encode(x, qparams, row)
-        assert qparams.scale.shape == (2, 3) and qparams.scale.dtype == torch.float16
+        assert qparams.scale.shape == (2, 3) and qparams.scale.dtype == scale_dtype
         assert codes.shape == x.shape and codes.dtype == torch.uint8 and int(codes.max()) <= row.top_code
         values = row.numerics.decode(codes, qparams, row)
         assert values.shape == x.shape and values.dtype == torch.float32
+
+
+def test_microscaling_and_nvfp4_are_there() -> None:
+    mx = {"mxfp4": 4, "mxfp6-e2m3": 6, "mxfp6-e3m2": 6, "mxfp8": 8, "mxfp8-e5m2": 8}
+    for name, bits in mx.items():
+        assert (FORMATS[name].bits, FORMATS[name].group_size, FORMATS[name].tensor_scale) == (bits, 32, False)
+        assert FORMATS[name].scale_dtypes == (torch.float8_e8m0fnu,)
+    row = FORMATS["nvfp4"]
+    assert (row.bits, row.group_size, row.tensor_scale) == (4, 16, True)
+    assert row.scale_dtypes == (torch.float8_e4m3fn,)
 
 
 def test_widths_one_to_eight_and_two_float8s_are_there() -> None:

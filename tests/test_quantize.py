@@ -9,14 +9,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import ALL_CASES, DTYPES, ONE_PER_FORMAT, SHAPES, Case, make_weight
+from cases import ALL_CASES, DTYPES, ELEMENT_BITS, ONE_PER_FORMAT, SHAPES, Case, make_weight
 from models import Folders, load
 from torch import Tensor, nn
 
 from llmquant import quantize as module
 from llmquant.config.schemes import Float8WeightOnlyConfig, WeightOnlyConfig, parse_scheme
 from llmquant.errors import AlreadyQuantizedError, BadWeightError, NothingToQuantizeError
-from llmquant.formats import FORMATS
 from llmquant.primitives.granularity import MappingType, PerGroup, PerTensor
 from llmquant.primitives.metrics import compute_error
 from llmquant.quantize import QuantizationReport, check_weight, quantize_, quantize_weight
@@ -42,7 +41,7 @@ def test_shape_dtype_and_error(case: Case) -> None:
         weight = case.quantize(plain)
         assert torch.equal(plain, before)
         assert weight.shape == shape and weight.dtype == dtype and weight.meta.format == case.format.name
-        assert weight.scale.dtype == case.config.scale_dtype and not weight.requires_grad
+        assert weight.scale_dtype == case.config.scale_dtype and not weight.requires_grad
         # No element is farther away than the block's largest magnitude (one bit: than the mean, at most that).
         error = (weight.dequantize(torch.float32) - plain.float()).abs()
         assert float(error.max()) <= float(plain.abs().max()) * 1.01
@@ -103,7 +102,8 @@ def test_statistics_serve_the_columns_they_name(case: Case) -> None:
     def error(weight: QuantizedTensor) -> float:
         return float(((weight.dequantize() - plain).square() * stats).sum())
 
-    assert error(found) < error(without)
+    # Of the three powers of two that are tried, statistics often pick the same.
+    assert error(found) < error(without) or (case.format.scale_rules and error(found) == error(without))
     flat = quantize_weight(plain, case.config, torch.ones(64))
     assert float(compute_error(plain, flat.dequantize())) == pytest.approx(
         float(compute_error(plain, without.dequantize())), abs=0.5
@@ -115,7 +115,8 @@ def test_zeros_and_constants(case: Case) -> None:
     assert torch.equal(case.quantize(torch.zeros(3, 70)).dequantize(), torch.zeros(3, 70))
     for value in (0.5, -0.03):
         found = case.quantize(torch.full((3, 70), value)).dequantize()
-        torch.testing.assert_close(found, torch.full((3, 70), value), rtol=2e-3, atol=0)
+        mantissa_bits = ELEMENT_BITS[case.format.name][1] if case.format.scale_rules else 8
+        torch.testing.assert_close(found, torch.full((3, 70), value), rtol=2.0 ** -(mantissa_bits + 1), atol=0)
 
 
 def test_nothing_remembers_the_plain_weight() -> None:
@@ -154,7 +155,7 @@ def test_one_scale_ignores_no_row(case: Case) -> None:
             assert float(weight.dequantize()[row, 5]) == pytest.approx(1.0, rel=0.2)
 
 
-@pytest.mark.parametrize("name", [n for n, row in FORMATS.items() if row.storage == "scaled"])
+@pytest.mark.parametrize("name", ["float8", "float8-e5m2"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_float8_scales_are_the_largest_magnitude_over_the_largest_number(name: str, dtype: torch.dtype) -> None:
     largest = {"float8": 448.0, "float8-e5m2": 57344.0}[name]

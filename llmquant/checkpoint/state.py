@@ -12,6 +12,7 @@ from llmquant.errors import CheckpointError
 from llmquant.formats import get_format
 from llmquant.primitives.blocks import block_counts
 from llmquant.primitives.dynamic import Activation
+from llmquant.primitives.spec import storage_dtype
 from llmquant.tensor import Meta, QuantizedTensor, tensor_class
 from llmquant.tensor.base import Field
 
@@ -35,7 +36,7 @@ def components(fqn: str, weight: QuantizedTensor) -> dict[str, Tensor]:
 
 def describe(weight: QuantizedTensor) -> dict[str, Any]:
     """A weight's entry in the manifest."""
-    return entry(weight.meta, tuple(weight.shape), weight.scale.dtype, weight.zero_point is not None)
+    return entry(weight.meta, tuple(weight.shape), weight.scale_dtype, weight.zero_point is not None)
 
 
 def entry(meta: Meta, shape: Iterable[int], scale_dtype: torch.dtype, asymmetric: bool) -> dict[str, Any]:
@@ -63,6 +64,8 @@ def expected(fqn: str, described: Mapping[str, Any]) -> dict[str, tuple[torch.dt
         *experts, rows, columns = logical_shape(described)
         across, along = block_counts(rows, columns, tuple(described["block"]))
         scale_dtype, asymmetric = getattr(torch, described["scale_dtype"]), described["asymmetric"]
+        if scale_dtype not in (fmt.scale_dtypes or (scale_dtype,)):
+            raise ValueError(f"{fmt.name} has no scales of {scale_dtype}")
         described_activation(described)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(
@@ -72,8 +75,10 @@ def expected(fqn: str, described: Mapping[str, Any]) -> dict[str, tuple[torch.dt
         ) from error
     found = {
         component_key(fqn, "qdata"): (torch.uint8, (*experts, rows, fmt.row_bytes(columns), 1)),
-        component_key(fqn, "scale"): (scale_dtype, (*experts, across, along)),
+        component_key(fqn, "scale"): (storage_dtype(scale_dtype), (*experts, across, along)),
     }
+    if fmt.tensor_scale:
+        found[component_key(fqn, "tensor_scale")] = (torch.float32, (*experts, 1, 1))
     if asymmetric:
         found[component_key(fqn, "zero_point")] = (torch.uint8, (*experts, across, fmt.row_bytes(along)))
     return found

@@ -50,9 +50,11 @@ class QuantConfig:
         format: a name in the table, for instance `int5`.
         granularity: what shares a scale, said of the logical [out, in] matrix; None is the format's default.
         mapping_type: symmetric, or asymmetric with an integer zero point a block.
-        scale_dtype: how scales are stored; None means float16 for groups, float32 per row or tensor.
+        scale_dtype: how scales are stored; None means float16 for groups, float32 per row or tensor, and what
+            the format says where it fixes it.
         algorithm: how codes and scales are chosen; None is the format's default (`search` for integers).
         activation: how inputs of products are quantized; None leaves them as they are.
+        scale_rule: how a scale follows from the largest magnitude of its block, where the format knows several rules.
 
     Raises:
         ConfigError: where the format cannot have what is asked.
@@ -64,12 +66,14 @@ class QuantConfig:
     scale_dtype: torch.dtype | None = None
     algorithm: str | None = None
     activation: Activation | None = None
+    scale_rule: str | None = None
 
     def __post_init__(self) -> None:
         row = get_format(self.format)
         _set(self, granularity=self.granularity or _default_granularity(row))
-        _set(self, scale_dtype=self.scale_dtype or _default_scale_dtype(self.granularity))
+        _set(self, scale_dtype=self.scale_dtype or _default_scale_dtype(row, self.granularity))
         _set(self, algorithm=self.algorithm or row.algorithms[0])
+        _set(self, scale_rule=self.scale_rule or (row.scale_rules[0] if row.scale_rules else None))
         self._check(row)
 
     def _check(self, row: Format) -> None:
@@ -77,22 +81,31 @@ class QuantConfig:
         shared = granularity_name(self.granularity)
         if shared not in row.granularities:
             raise ConfigError(f"{row.name} has no scales per {shared}", hint=f"one of {', '.join(row.granularities)}")
+        if row.fixed_group and self.granularity != _default_granularity(row):
+            raise ConfigError(f"{row.name} has groups of {row.group_size} only", hint="leave granularity out")
         if self.mapping_type is MappingType.ASYMMETRIC and not row.asymmetric:
             raise ConfigError(f"{row.name} is symmetric only", hint="leave mapping_type out")
-        if self.scale_dtype not in SCALE_DTYPES.values():
+        allowed = row.scale_dtypes or tuple(SCALE_DTYPES.values())
+        if self.scale_dtype not in allowed:
             raise ConfigError(
-                f"scales cannot be stored as {self.scale_dtype}", hint=f"one of {', '.join(SCALE_DTYPES)}"
+                f"scales of {row.name} cannot be stored as {self.scale_dtype}",
+                hint=f"one of {', '.join(map(_dtype_name, allowed))}",
             )
         if self.algorithm not in row.algorithms:
             raise ConfigError(
                 f"{row.name} has no algorithm {self.algorithm!r}", hint=f"one of {', '.join(row.algorithms)}"
+            )
+        if self.scale_rule is not None and self.scale_rule not in row.scale_rules:
+            known = ", ".join(row.scale_rules)
+            raise ConfigError(
+                f"{row.name} has no scale rule {self.scale_rule!r}", hint=f"one of {known}" if known else "leave it out"
             )
 
     def spec(self, rows: int, columns: int) -> QuantSpec:
         """What this means for a logical [rows, columns] matrix."""
         assert self.granularity is not None and self.scale_dtype is not None
         block = block_shape(self.granularity, rows, columns)
-        return QuantSpec(get_format(self.format), block, self.mapping_type, self.scale_dtype)
+        return QuantSpec(get_format(self.format), block, self.mapping_type, self.scale_dtype, self.scale_rule)
 
     def with_algorithm(self, algorithm: str) -> QuantConfig:
         """The same with another algorithm, where the format has it."""
@@ -110,15 +123,16 @@ class QuantConfig:
         return activation + name + ("-asym" if self.mapping_type is MappingType.ASYMMETRIC else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON: the inverse of `from_dict`. An activation is named only where there is one."""
+        """Plain JSON: the inverse of `from_dict`. Activation and scale rule are named only where there is one."""
         assert self.granularity is not None and self.algorithm is not None
         return {
             "format": self.format,
             "granularity": _shared_name(self.granularity, "group-", "block-"),
             "mapping_type": self.mapping_type.value,
-            "scale_dtype": str(self.scale_dtype).removeprefix("torch."),
+            "scale_dtype": _dtype_name(self.scale_dtype),
             "algorithm": self.algorithm,
             **({"activation": self.activation.to_dict()} if self.activation else {}),
+            **({"scale_rule": self.scale_rule} if self.scale_rule else {}),
         }
 
     def __eq__(self, other: object) -> bool:
@@ -141,8 +155,9 @@ class WeightOnlyConfig(QuantConfig):
         mapping_type: MappingType = MappingType.SYMMETRIC,
         scale_dtype: torch.dtype | None = None,
         algorithm: str | None = None,
+        scale_rule: str | None = None,
     ) -> None:
-        super().__init__(format, granularity, mapping_type, scale_dtype, algorithm)
+        super().__init__(format, granularity, mapping_type, scale_dtype, algorithm, scale_rule=scale_rule)
 
 
 class DynamicActivationConfig(QuantConfig):
@@ -156,8 +171,9 @@ class DynamicActivationConfig(QuantConfig):
         scale_dtype: torch.dtype | None = None,
         algorithm: str | None = None,
         activation: Activation = Activation(DEFAULT_GROUP),  # noqa: B008  (frozen)
+        scale_rule: str | None = None,
     ) -> None:
-        super().__init__(format, granularity, mapping_type, scale_dtype, algorithm, activation)
+        super().__init__(format, granularity, mapping_type, scale_dtype, algorithm, activation, scale_rule)
 
 
 class Int4WeightOnlyConfig(WeightOnlyConfig):
@@ -209,6 +225,33 @@ class Float8WeightOnlyConfig(WeightOnlyConfig):
         granularity: Granularity = PerAxis(0),  # noqa: B008  (frozen)
     ) -> None:
         super().__init__(_format_of(weight_dtype, "scaled"), granularity)
+
+
+class MXWeightOnlyConfig(WeightOnlyConfig):
+    """Microscaling, a prototype: small floats in blocks of 32 whose scale is a power of two.
+
+    Args:
+        format: `mxfp4`, `mxfp6-e2m3`, `mxfp6-e3m2`, `mxfp8` (e4m3) or `mxfp8-e5m2`.
+        scale_rule: `floor` (that of the OCP specification), `ceil`, `even` or `rceil`.
+        search: whether the scales next to that of the rule are tried, too.
+    """
+
+    def __init__(self, format: str = "mxfp4", scale_rule: str = "floor", search: bool = True) -> None:
+        if not get_format(format).scale_rules:
+            known = ", ".join(name for name, row in FORMATS.items() if row.scale_rules)
+            raise ConfigError(f"{format} is no MX format", hint=f"one of {known}")
+        super().__init__(format, algorithm=_search_or_not(search), scale_rule=scale_rule)
+
+
+class NVFP4WeightOnlyConfig(WeightOnlyConfig):
+    """NVFP4, a prototype: fp4 in blocks of 16 with e4m3 scales, and one float32 scale a matrix.
+
+    Args:
+        search: whether the block scales around that of the rule are tried, too.
+    """
+
+    def __init__(self, search: bool = True) -> None:
+        super().__init__("nvfp4", algorithm=_search_or_not(search))
 
 
 class Int8DynamicActivationInt4WeightConfig(DynamicActivationConfig):
@@ -340,6 +383,7 @@ def from_dict(values: Mapping[str, Any]) -> QuantConfig:
         mapping_type=_parse_mapping(values.get("mapping_type", "symmetric")),
         scale_dtype=_parse_scale_dtype(values.get("scale_dtype")),
         algorithm=values.get("algorithm"),
+        scale_rule=values.get("scale_rule"),
     )
 
 
@@ -383,7 +427,9 @@ def _shared_name(granularity: Granularity, group: str, block: str) -> str:
     return granularity_name(granularity)
 
 
-def _default_scale_dtype(granularity: Granularity | None) -> torch.dtype:
+def _default_scale_dtype(row: Format, granularity: Granularity | None) -> torch.dtype:
+    if row.scale_dtypes:
+        return row.scale_dtypes[0]
     return torch.float16 if isinstance(granularity, PerGroup) else torch.float32
 
 
@@ -455,6 +501,16 @@ def _parse_mapping(text: Any) -> MappingType:
 
 
 def _parse_scale_dtype(text: Any) -> torch.dtype | None:
-    if text is not None and text not in SCALE_DTYPES:
-        raise ConfigError(f"unknown scale_dtype {text!r}", hint=f"one of {', '.join(SCALE_DTYPES)}")
-    return SCALE_DTYPES[text] if text else None
+    fixed = {_dtype_name(dtype): dtype for row in FORMATS.values() for dtype in row.scale_dtypes}
+    known = SCALE_DTYPES | fixed
+    if text is not None and text not in known:
+        raise ConfigError(f"unknown scale_dtype {text!r}", hint=f"one of {', '.join(known)}")
+    return known[text] if text else None
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _search_or_not(search: bool) -> str:
+    return "search" if search else "rtn"

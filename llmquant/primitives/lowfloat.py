@@ -1,4 +1,4 @@
-"""float8: value = code * scale, the code a float8 number of the format's dtype, kept as its byte."""
+"""Small floats: value = code * scale, the code a number of the format's `element` (fp8, fp6, fp4), kept as its bits."""
 
 from __future__ import annotations
 
@@ -7,29 +7,28 @@ from torch import Tensor
 
 from llmquant.formats import Format
 from llmquant.primitives.affine import inverse, stored
+from llmquant.primitives.minifloat import MINIFLOATS, from_codes, to_codes
 from llmquant.primitives.spec import QParams, QuantSpec
 
 
 def choose_qparams(x: Tensor, importance: Tensor, spec: QuantSpec) -> QParams:
-    """scale = largest magnitude / largest float8 number."""
+    """scale = largest magnitude / largest number of the element."""
     return QParams(stored(x.abs().amax(-1) / largest_scaled(spec.format), spec.scale_dtype))
 
 
 def encode(x: Tensor, qparams: QParams, fmt: Format) -> Tensor:
     """[B, G, n] float32 -> uint8 codes: round to nearest even, saturate."""
-    limit = largest_scaled(fmt)
-    scaled = (x * inverse(qparams.scale).unsqueeze(-1)).clamp_(-limit, limit)
-    return scaled.to(_dtype(fmt)).view(torch.uint8)
+    return to_codes(x * inverse(qparams.scale).unsqueeze(-1), MINIFLOATS[fmt.element])
 
 
 def decode(codes: Tensor, qparams: QParams, fmt: Format) -> Tensor:
     """[B, G, n] uint8 codes -> float32 values."""
-    return codes.view(_dtype(fmt)).float().mul_(qparams.scale.float().unsqueeze(-1))
+    return from_codes(codes, MINIFLOATS[fmt.element]).mul_(qparams.scale.float().unsqueeze(-1))
 
 
 def largest_scaled(fmt: Format) -> float:
-    """448 for e4m3fn, 57344 for e5m2 (OCP 8-bit floating point specification)."""
-    return torch.finfo(_dtype(fmt)).max
+    """448 for e4m3fn, 57344 for e5m2, 28 for e3m2, 7.5 for e2m3, 6 for e2m1."""
+    return MINIFLOATS[fmt.element].largest
 
 
 def round_to_e4m3_(x: Tensor) -> Tensor:
@@ -41,8 +40,3 @@ def round_to_e4m3_(x: Tensor) -> Tensor:
     power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
     anchor = power.clamp_(min=2**-6).mul_(1.5 * 2**20)
     return x.add_(anchor).sub_(anchor)
-
-
-def _dtype(fmt: Format) -> torch.dtype:
-    assert fmt.dtype is not None
-    return fmt.dtype

@@ -34,14 +34,23 @@ class QParams(NamedTuple):
         return QParams(*picked)  # type: ignore[arg-type]
 
 
+def storage_dtype(scale_dtype: torch.dtype) -> torch.dtype:
+    """What scales lie in, in memory and on disk: floats of one byte as their bytes, in uint8.
+
+    torch can do little with such floats; it does not even compare them.
+    """
+    return torch.uint8 if scale_dtype.itemsize == 1 else scale_dtype
+
+
 @dataclass(frozen=True)
 class QuantSpec:
-    """Format, block shape (rows, columns), mapping and scale dtype of one weight."""
+    """Format, block shape (rows, columns), mapping, scale dtype and named scale rule (if any) of one weight."""
 
     format: Format
     block: tuple[int, int]
     mapping: MappingType
     scale_dtype: torch.dtype
+    scale_rule: str | None = None
 
     @property
     def asymmetric(self) -> bool:

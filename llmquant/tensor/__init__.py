@@ -9,10 +9,17 @@ from llmquant.primitives.dynamic import Activation
 from llmquant.tensor import ops as _ops  # noqa: F401  (fills the dispatch tables)
 from llmquant.tensor.affine import AffineTensor, Int4Tensor, Int8Tensor, IntxTensor
 from llmquant.tensor.base import Meta, QuantizedTensor, _rebuild
-from llmquant.tensor.scaled import Float8Tensor, ScaledTensor
+from llmquant.tensor.scaled import Float8Tensor, MXTensor, NVFP4Tensor, ScaledTensor
 
 STORAGE: dict[str, type[QuantizedTensor]] = {"affine": AffineTensor, "scaled": ScaledTensor}
-NAMED: tuple[type[QuantizedTensor], ...] = (Int4Tensor, Int8Tensor, IntxTensor, Float8Tensor)
+NAMED: tuple[type[QuantizedTensor], ...] = (
+    Int4Tensor,
+    Int8Tensor,
+    IntxTensor,
+    Float8Tensor,
+    MXTensor,
+    NVFP4Tensor,
+)
 
 
 def tensor_class(fmt: Format) -> type[QuantizedTensor]:

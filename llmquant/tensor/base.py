@@ -23,7 +23,7 @@ class Field:
 
     Attributes:
         name: the attribute; on disk its suffix (`qdata` goes under the weight's own key).
-        per: one entry an `element` of the weight, or one a `block` that shares a scale.
+        per: one entry an `element` of the weight, one a `block` that shares a scale, or one a `matrix`, [..., 1, 1].
         packed: whether entries are codes packed at the format's bits along the last dimension.
         optional: whether it may be None.
     """
@@ -93,10 +93,12 @@ class QuantizedTensor(torch.Tensor):
     zero_point: Tensor | None = None
     meta: Meta
     # What kernels worked out about this weight, and where its tensors lay then: moving them makes it void.
-    _packed: tuple[tuple[int, int], Packed] | None = None
+    _packed: tuple[tuple[Any, ...], Tensor, Packed] | None = None
     # A part that shares a scale or a byte with what is outside of it, or a copy where torch promises a view: writing to
     # it would change more than itself, or nothing.
     _read_only: bool = False
+    # How often any quantized tensor was written to: views share memory, but torch counts changes of each apart.
+    writes: ClassVar[int] = 0
 
     @staticmethod
     def __new__(cls, tensors: Mapping[str, Tensor | None], meta: Meta, dtype: torch.dtype) -> QuantizedTensor:
@@ -173,7 +175,7 @@ class QuantizedTensor(torch.Tensor):
         extra += f", activation={m.activation.scheme}" if m.activation else ""
         return (
             f"{type(self).__name__}({m.format}, shape={tuple(self.shape)}, block={group}, "
-            f"scale={str(self.scale.dtype).removeprefix('torch.')}, "
+            f"scale={str(self.scale_dtype).removeprefix('torch.')}, "
             f"{'asymmetric' if self.zero_point is not None else 'symmetric'}{extra}, "
             f"dtype={str(self.dtype).removeprefix('torch.')}, device={self.device})"
         )
@@ -217,12 +219,26 @@ class QuantizedTensor(torch.Tensor):
         if torch.compiler.is_compiling() or type(qdata) is not Tensor:
             if scale.requires_grad and torch.is_grad_enabled():
                 raise lost_gradient("a compiled graph", self)  # it takes no gradients to the insides of a subclass
-            return Packed(qdata, scale, self.zero_point, m.format, m.block, m.columns)
-        lies_at, kept = (qdata.data_ptr(), scale.data_ptr()), self._packed
+            return Packed(qdata, self.block_scales(), self.zero_point, m.format, m.block, m.columns)
+        state, kept = self.state(), self._packed
         # A scale may also be replaced by another view of its memory, one that requires a gradient.
-        if kept is None or kept[0] != lies_at or kept[1].scale is not scale:
-            kept = self._packed = lies_at, Packed(qdata, scale, self.zero_point, m.format, m.block, m.columns)
-        return kept[1]
+        if kept is None or kept[0] != state or kept[1] is not scale:
+            packed = Packed(qdata, self.block_scales(), self.zero_point, m.format, m.block, m.columns)
+            kept = self._packed = state, scale, packed
+        return kept[2]
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """What an entry of `scale` is; floats of one byte are kept as their bytes, in uint8."""
+        return self.scale.dtype
+
+    def block_scales(self) -> Tensor:
+        """The scale of each block as kernels take it, [..., B, G] of 16 or 32 bits."""
+        return self.scale
+
+    def state(self) -> tuple[Any, ...]:
+        """What changes whenever a `Packed` of this weight is void: where its tensors lie."""
+        return self.qdata.data_ptr(), self.scale.data_ptr()
 
     def kernel(self) -> registry.Choice:
         """Which kernel serves this weight, and why."""

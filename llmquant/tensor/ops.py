@@ -196,8 +196,12 @@ def _view(func: Any, w: QuantizedTensor, shape: Any, *_: Any) -> QuantizedTensor
     rows, step = w.qdata.shape[-2], w.meta.block[0]
     if w.meta.transposed or shape[-1] != w.meta.columns or rows % step or shape[-2] % step:
         return unsupported(func, w)
+    if w.dim() > 2 and any(field.per == "matrix" for field, _ in w.parts()):
+        return unsupported(func, w)  # rows of several matrices would share a scale
 
     def regroup(field: Field, tensor: Tensor) -> Tensor:
+        if field.per == "matrix":
+            return tensor.expand(*shape[:-2], 1, 1)
         return tensor.reshape(*shape[:-2], shape[-2] // (1 if field.per == "element" else step), tensor.shape[-1])
 
     return _reshape(w, regroup)
@@ -370,8 +374,10 @@ def _copy(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False)
         )
     if torch.promote_types(target.scale.dtype, source.scale.dtype) != target.scale.dtype:
         return unsupported(f"{func} that rounds scales to {target.scale.dtype}", target)
+    slicing.check_writable(target, source)
     for field, tensor in target.parts():
         tensor.copy_(getattr(source, field.name), non_blocking)
+    QuantizedTensor.writes += 1
     return target
 
 

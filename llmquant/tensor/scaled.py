@@ -1,15 +1,61 @@
-"""Codes that are small floating-point numbers, with a scale a block."""
+"""Codes that are small floating-point numbers, with a scale a block and perhaps one of the whole matrix."""
 
 from __future__ import annotations
 
-from llmquant.tensor.base import QuantizedTensor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmquant.tensor.base import Field, QuantizedTensor
 
 
 class ScaledTensor(QuantizedTensor):
-    """value = number that the code stands for * scale."""
+    """value = number that the code stands for * scale, which is the block's, times the matrix's where there is one."""
+
+    fields = (*QuantizedTensor.fields, Field("tensor_scale", per="matrix", packed=False, optional=True))
+
+    tensor_scale: Tensor | None = None
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """What an entry of `scale` is; floats of one byte are kept as their bytes, in uint8."""
+        return self.format.scale_dtypes[0] if self._has_small_scales else self.scale.dtype
+
+    def block_scales(self) -> Tensor:
+        """The scale of each block, [..., B, G]: those of one byte are widened, exactly, and meet the tensor scale."""
+        if not self._has_small_scales:
+            return self.scale
+        scale = self.scale.view(self.scale_dtype).to(torch.bfloat16)
+        return scale if self.tensor_scale is None else scale.float() * self.tensor_scale
+
+    def state(self) -> tuple[Any, ...]:
+        """Widened scales are copies: they are void when what they were made from is written to."""
+        where = super().state()
+        if not self._has_small_scales:
+            return where
+        sources = [t for t in (self.scale, self.tensor_scale) if t is not None]
+        counts = (None if t.is_inference() else t._version for t in sources)  # inner tensors may be written to alone
+        return *where, QuantizedTensor.writes, *(t.data_ptr() for t in sources), *counts
+
+    @property
+    def _has_small_scales(self) -> bool:
+        return self.scale.dtype == torch.uint8
 
 
 class Float8Tensor(ScaledTensor):
     """float8 codes, e4m3fn or e5m2."""
 
     formats = ("float8", "float8-e5m2")
+
+
+class MXTensor(ScaledTensor):
+    """Microscaling, a prototype: fp4, fp6 or fp8 codes with e8m0 scales."""
+
+    formats = ("mxfp4", "mxfp6-e2m3", "mxfp6-e3m2", "mxfp8", "mxfp8-e5m2")
+
+
+class NVFP4Tensor(ScaledTensor):
+    """NVFP4, a prototype: fp4 codes with e4m3 scales and a float32 scale of the matrix."""
+
+    formats = ("nvfp4",)

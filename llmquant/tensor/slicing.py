@@ -44,6 +44,8 @@ def take_slice(w: QuantizedTensor, axis: int, start: int, stop: int) -> Quantize
 
     def cut(field: Field, tensor: Tensor) -> Tensor:
         nonlocal copies
+        if field.per == "matrix":
+            return tensor
         first, last = (start, stop) if field.per == "element" else blocks
         if axis == -2 or not field.packed:
             return tensor.narrow(axis, first, last - first)
@@ -84,6 +86,8 @@ def take_rows(w: QuantizedTensor, axis: int, indices: Tensor) -> QuantizedTensor
     step = w.meta.block[0] if axis == -2 else 1
 
     def pick(field: Field, tensor: Tensor) -> Tensor:
+        if field.per == "matrix" and axis == -2:
+            return tensor
         return tensor.index_select(axis, indices if field.per == "element" else indices // step)
 
     return w.rebuild(pick, copied=True, block=(1, w.meta.block[1]) if axis == -2 else w.meta.block)
@@ -104,11 +108,21 @@ def join(parts: list[QuantizedTensor], axis: int) -> QuantizedTensor:
     """Concatenation of weights of one format and block shape along an axis."""
     first = parts[0]
     _check_joinable(parts, axis)
-    if axis != -1:
-        tensors = {f.name: torch.cat([getattr(p, f.name) for p in parts], axis) for f, _ in first.parts()}
-        return type(first)(tensors, first.meta, first.dtype)
-    joined = {field.name: _join_columns(parts, field) for field, _ in first.parts()}
-    return type(first)(joined, replace(first.meta, columns=sum(p.meta.columns for p in parts)), first.dtype)
+    tensors = {field.name: _join_field(parts, field, axis) for field, _ in first.parts()}
+    columns = sum(p.meta.columns for p in parts) if axis == -1 else first.meta.columns
+    return type(first)(tensors, replace(first.meta, columns=columns), first.dtype)
+
+
+def check_writable(target: QuantizedTensor, source: QuantizedTensor) -> None:
+    """Refuses to write to a part of a matrix what would change a scale that its other parts share."""
+    for field, tensor in target.parts():
+        if field.per != "matrix" or tensor.is_meta or torch.equal(tensor, getattr(source, field.name)):
+            continue
+        matrices = tensor.untyped_storage().nbytes() // tensor.element_size()
+        if target.qdata.untyped_storage().nbytes() != matrices * target.qdata.shape[-2] * target.qdata.shape[-1]:
+            raise UnsupportedOpError(
+                f"a part of a matrix has no {field.name} of its own", where=repr(target), hint="copy the whole matrix"
+            )
 
 
 def _block_range(w: QuantizedTensor, start: int, stop: int, size: int, step: int) -> tuple[int, int]:
@@ -145,7 +159,7 @@ def _check_joinable(parts: list[QuantizedTensor], axis: int) -> None:
                 part.meta == first.meta or (axis == -1 and replace(part.meta, columns=first.meta.columns) == first.meta)
             )
             and part.dtype == first.dtype
-            and (part.zero_point is None) == (first.zero_point is None)
+            and [field.name for field, _ in part.parts()] == [field.name for field, _ in first.parts()]
         )
         if not alike:
             raise UnsupportedOpError(
@@ -157,13 +171,24 @@ def _check_joinable(parts: list[QuantizedTensor], axis: int) -> None:
         raise UnsupportedOpError("cat: blocks that share a scale would not line up", where=repr(first))
 
 
-def _join_columns(parts: list[QuantizedTensor], field: Field) -> Tensor:
+def _join_field(parts: list[QuantizedTensor], field: Field, axis: int) -> Tensor:
     tensors = [getattr(p, field.name) for p in parts]
-    if not field.packed:
-        return torch.cat(tensors, -1)
+    if field.per == "matrix" and axis >= -2:
+        return _the_same(tensors, field)
+    if axis != -1 or not field.packed:
+        return torch.cat(tensors, axis)
     bits = parts[0].format.bits
     lengths = [_entries(p, field) for p in parts]
     return pack(torch.cat([unpack(t, bits, n) for t, n in zip(tensors, lengths, strict=True)], -1), bits)
+
+
+def _the_same(tensors: list[Tensor], field: Field) -> Tensor:
+    """What all parts of one matrix must share."""
+    if not all(torch.equal(tensor, tensors[0]) for tensor in tensors):
+        raise UnsupportedOpError(
+            f"weights with a {field.name} each cannot become one matrix", hint="dequantize() first, or keep them apart"
+        )
+    return tensors[0].clone()
 
 
 def _entries(w: QuantizedTensor, field: Field) -> int:

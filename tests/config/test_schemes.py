@@ -23,6 +23,8 @@ from llmquant.config.schemes import (
     Int8DynamicActivationIntxWeightConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
+    MXWeightOnlyConfig,
+    NVFP4WeightOnlyConfig,
     QuantConfig,
     WeightOnlyConfig,
     from_dict,
@@ -50,20 +52,21 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 @st.composite
 def configs(draw: st.DrawFn) -> QuantConfig:
     row = FORMATS[draw(st.sampled_from(sorted(FORMATS)))]
+    sizes = st.just(row.group_size) if row.fixed_group else st.integers(1, 4096)
     granularity = {
-        "group": PerGroup(draw(st.integers(1, 4096))),
+        "group": PerGroup(draw(sizes)),
         "row": PerRow(),
         "tensor": PerTensor(),
         "block": PerBlock((draw(st.integers(1, 4096)), draw(st.sampled_from([1, 128])))),
     }
-    groups = st.sampled_from([0, 1, 32, 48, 4096])
-    int8 = st.builds(Activation, groups, st.booleans())
-    float8 = st.builds(Activation, st.one_of(groups, st.just(ALL_TOKENS)), st.just(False), st.just(FLOAT8))
+    inputs = st.sampled_from([0, 1, 32, 48, 4096])
+    int8 = st.builds(Activation, inputs, st.booleans())
+    float8 = st.builds(Activation, st.one_of(inputs, st.just(ALL_TOKENS)), st.just(False), st.just(FLOAT8))
     return QuantConfig(
         row.name,
         granularity[draw(st.sampled_from(row.granularities))],
         draw(st.sampled_from(list(MappingType) if row.asymmetric else [MappingType.SYMMETRIC])),
-        draw(st.sampled_from([None, *SCALE_DTYPES.values()])),
+        draw(st.sampled_from([None, *(row.scale_dtypes or SCALE_DTYPES.values())])),
         draw(st.sampled_from([None, *row.algorithms])),
         draw(st.one_of(st.none(), int8, float8)),
     )
@@ -146,6 +149,7 @@ def test_a_scheme_says_format_granularity_mapping_and_activation(config: QuantCo
 def test_json_round_trip(config: QuantConfig) -> None:
     plain = json.loads(json.dumps(config.to_dict()))
     assert ("activation" in plain) == (config.activation is not None)
+    assert ("scale_rule" in plain) == bool(FORMATS[config.format].scale_rules)
     found = from_dict(plain)
     assert found == config and hash(found) == hash(config) and found.to_dict() == plain
     assert parse_config(plain) == config
@@ -156,7 +160,7 @@ def test_json_round_trip(config: QuantConfig) -> None:
 def test_equal_means_the_same_in_every_field(a: QuantConfig, b: QuantConfig) -> None:
     same = all(
         getattr(a, name) == getattr(b, name)
-        for name in ("format", "granularity", "mapping_type", "scale_dtype", "algorithm", "activation")
+        for name in ("format", "granularity", "mapping_type", "scale_dtype", "algorithm", "activation", "scale_rule")
     )
     assert (a == b) == same
     assert a != "int4" and a != None  # noqa: E711
@@ -166,6 +170,7 @@ def test_equal_means_the_same_in_every_field(a: QuantConfig, b: QuantConfig) -> 
 def test_spec(config: QuantConfig, rows: int, columns: int) -> None:
     spec = config.spec(rows, columns)
     assert spec.format is FORMATS[config.format] and spec.scale_dtype == config.scale_dtype
+    assert spec.scale_rule == config.scale_rule
     expected = {"PerAxis": (1, columns), "PerTensor": (rows, columns)}
     if isinstance(config.granularity, PerGroup):
         assert spec.block == (1, min(config.granularity.group_size, columns))
@@ -177,11 +182,20 @@ def test_spec(config: QuantConfig, rows: int, columns: int) -> None:
 
 
 def test_scales_are_float16_for_groups_and_float32_elsewhere() -> None:
-    for row in FORMATS.values():
+    for row in (row for row in FORMATS.values() if not row.scale_dtypes):
         for shared, granularity in (("group", PerGroup(32)), ("row", PerRow()), ("tensor", PerTensor())):
             if shared in row.granularities:
                 expected = torch.float16 if shared == "group" else torch.float32
                 assert WeightOnlyConfig(row.name, granularity).scale_dtype == expected
+
+
+def test_what_search_and_scale_rule_mean() -> None:
+    found = MXWeightOnlyConfig("mxfp8", scale_rule="rceil", search=False)
+    assert (found.algorithm, found.scale_rule, found.scale_dtype) == ("rtn", "rceil", torch.float8_e8m0fnu)
+    assert from_dict({"format": "mxfp8", "scale_rule": "rceil", "algorithm": "rtn"}) == found != parse_scheme("mxfp8")
+    assert found.with_algorithm("search").scale_rule == "rceil"
+    assert NVFP4WeightOnlyConfig(search=False).algorithm == "rtn"
+    assert parse_scheme("mxfp4").scale_rule == "floor" and parse_scheme("nvfp4").scale_rule is None
 
 
 # --- named configs ----------------------------------------------------------------------------------------
@@ -202,6 +216,11 @@ def test_scales_are_float16_for_groups_and_float32_elsewhere() -> None:
         (Float8WeightOnlyConfig(), "float8"),
         (Float8WeightOnlyConfig(E5M2), "float8-e5m2"),
         (Float8WeightOnlyConfig(E4M3, PerTensor()), "float8-tensor"),
+        (MXWeightOnlyConfig(), "mxfp4"),
+        (MXWeightOnlyConfig("mxfp6-e3m2"), "mxfp6-e3m2"),
+        (MXWeightOnlyConfig(format="mxfp8-e5m2", scale_rule="floor", search=True), "mxfp8-e5m2-g32"),
+        (NVFP4WeightOnlyConfig(), "nvfp4"),
+        (NVFP4WeightOnlyConfig(search=True), "nvfp4-g16"),
         (DynamicActivationConfig("int5"), "a8-int5"),
         (Int8DynamicActivationInt4WeightConfig(), "a8-int4-g32"),
         (Int8DynamicActivationInt4WeightConfig(64, PerToken()), "a8-token-int4-g64"),
@@ -390,6 +409,13 @@ BAD_CONFIGS: dict[str, tuple[Any, str]] = {
     "scales of integers": (lambda: WeightOnlyConfig("int4", scale_dtype=torch.int8), "float16"),
     "unknown algorithm": (lambda: WeightOnlyConfig("int4", algorithm="gptqq"), "rtn"),
     "no search for float8": (lambda: WeightOnlyConfig("float8", algorithm="search"), "rtn"),
+    "groups of another size": (lambda: WeightOnlyConfig("nvfp4", PerGroup(32)), "16"),
+    "rows of mxfp4": (lambda: WeightOnlyConfig("mxfp4", PerRow()), "group"),
+    "other scales of mxfp4": (lambda: WeightOnlyConfig("mxfp4", scale_dtype=torch.float16), "float8_e8m0fnu"),
+    "small scales of int4": (lambda: WeightOnlyConfig("int4", scale_dtype=E4M3), "float16"),
+    "unknown rule": (lambda: MXWeightOnlyConfig(scale_rule="round"), "rceil"),
+    "a rule where there is one only": (lambda: WeightOnlyConfig("nvfp4", scale_rule="floor"), "leave it out"),
+    "no MX format": (lambda: MXWeightOnlyConfig("nvfp4"), "mxfp8"),
     "no integer": (lambda: IntxWeightOnlyConfig(torch.float32), "torch.int4"),
     "no float8": (lambda: Float8WeightOnlyConfig(torch.int8), "float8_e4m3fn"),
     "activations per row": (lambda: Int8DynamicActivationInt4WeightConfig(32, PerRow()), "PerToken"),
