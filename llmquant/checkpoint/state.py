@@ -66,6 +66,7 @@ def expected(fqn: str, described: Mapping[str, Any]) -> dict[str, tuple[torch.dt
         scale_dtype, asymmetric = getattr(torch, described["scale_dtype"]), described["asymmetric"]
         if scale_dtype not in (fmt.scale_dtypes or (scale_dtype,)):
             raise ValueError(f"{fmt.name} has no scales of {scale_dtype}")
+        stored = storage_dtype(scale_dtype)
         described_activation(described)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(
@@ -75,7 +76,7 @@ def expected(fqn: str, described: Mapping[str, Any]) -> dict[str, tuple[torch.dt
         ) from error
     found = {
         component_key(fqn, "qdata"): (torch.uint8, (*experts, rows, fmt.row_bytes(columns), 1)),
-        component_key(fqn, "scale"): (storage_dtype(scale_dtype), (*experts, across, along)),
+        component_key(fqn, "scale"): (stored, (*experts, across, along)),
     }
     if fmt.tensor_scale:
         found[component_key(fqn, "tensor_scale")] = (torch.float32, (*experts, 1, 1))
