@@ -65,7 +65,7 @@ class Activation:
         if self.dtype not in _PREFIXES:
             raise ConfigError(f"activations cannot be quantized to {self.dtype!r}", hint=" or ".join(_PREFIXES))
         if self.dtype == INT8 and self.group == ALL_TOKENS:
-            raise ConfigError("int8 activations have no scale for all tokens", hint="PerToken()")
+            raise ConfigError(f"int8 activations have no scale for all tokens (group {self.group})", hint="PerToken()")
         if not ALL_TOKENS <= self.group <= _LARGEST_GROUP:
             raise ConfigError(f"activations cannot be quantized in groups of {self.group}", hint="for instance 32")
         if self.dtype == FLOAT8 and self.asymmetric:
