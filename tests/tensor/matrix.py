@@ -187,7 +187,9 @@ PRODUCTS: dict[str, Operation] = {
     "linear with bias": _product(lambda t, at: F.linear(given(t, 2, 3, t.shape[-1]), t, given(t, len(t))), on=matrices),
     "linear of a token": _product(lambda t, at: F.linear(given(t, t.shape[-1]), t), on=matrices),
     "linear of t": _product(lambda t, at: F.linear(given(t, 3, len(t)), t.t()), on=matrices),
-    "linear of rows": _product(lambda t, at: F.linear(given(t, 3, COLUMNS), t[1:4]), on=straight_matrices),
+    "linear of rows": _product(
+        lambda t, at: F.linear(given(t, 3, COLUMNS), t[1:4]), on=straight_matrices, refused=cuts_rows(1), named="slice"
+    ),
     "linear of every second row": _product(
         lambda t, at: F.linear(given(t, 3, COLUMNS), t[1::2]),
         on=straight_matrices,
@@ -492,6 +494,11 @@ def _assign_data(t: Any, at: At) -> None:
     t.data = at.like(t)
 
 
+def _sliceable(at: At) -> bool:
+    """Whether other weights can be cut in rows at all, so that there is something to write."""
+    return not 1 < at.block[0] < ROWS
+
+
 def _part_shares(at: At) -> bool:
     """Whether rows 2..4 share a scale with others."""
     return at.block[0] > 1 and (2 % at.block[0] != 0 or at.block[0] >= ROWS)
@@ -514,9 +521,14 @@ def _columns_share(start: int, stop: int) -> When:
 WRITES: dict[str, Operation] = {
     "copy_": Operation(_write(lambda t, at: t)),
     "copy_ through mT": Operation(_write(lambda t, at: t.mT)),
-    "copy_ to rows": Operation(_write(lambda t, at: t.narrow(at.r, 2, 2)), refused=_part_shares, named="copy_|slice"),
+    "copy_ to rows": Operation(
+        _write(lambda t, at: t.narrow(at.r, 2, 2)), on=_sliceable, refused=_part_shares, named="copy_|slice"
+    ),
     "copy_ to every second row": Operation(
-        _write(lambda t, at: torch.ops.aten.slice(t, at.r, 0, 6, 2)), refused=shares_rows, named="copy_|slice"
+        _write(lambda t, at: torch.ops.aten.slice(t, at.r, 0, 6, 2)),
+        on=_sliceable,
+        refused=shares_rows,
+        named="copy_|slice",
     ),
     "copy_ to columns": Operation(
         _write(lambda t, at: t.narrow(at.c, 32, 32)), refused=_columns_share(32, 64), named="copy_|slice"
@@ -539,7 +551,7 @@ WRITES: dict[str, Operation] = {
     "copy_ to a plain tensor": Operation(lambda t, at: torch.ones(t.shape, dtype=t.dtype).copy_(t), refused=always),
     "assignment of rows": Operation(
         lambda t, at: t.__setitem__(slice(2, 4), at.like(t, lambda other: other[2:4])),
-        on=straight_matrices,
+        on=lambda at: straight_matrices(at) and _sliceable(at),
         refused=_part_shares,
         named="copy_|slice",
     ),
