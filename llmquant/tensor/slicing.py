@@ -68,6 +68,8 @@ def take_steps(w: QuantizedTensor, axis: int, start: int, stop: int, step: int) 
         )
 
     def pick(field: Field, tensor: Tensor) -> Tensor:
+        if field.per == "matrix" and axis == -2:
+            return tensor
         return torch.ops.aten.slice(tensor, axis, start, stop, step)
 
     if axis < -2 or w.meta.block[0] == 1:
@@ -174,7 +176,7 @@ def _check_joinable(parts: list[QuantizedTensor], axis: int) -> None:
 def _join_field(parts: list[QuantizedTensor], field: Field, axis: int) -> Tensor:
     tensors = [getattr(p, field.name) for p in parts]
     if field.per == "matrix" and axis >= -2:
-        return _the_same(tensors, field)
+        return _the_same(parts, field)
     if axis != -1 or not field.packed:
         return torch.cat(tensors, axis)
     bits = parts[0].format.bits
@@ -182,13 +184,16 @@ def _join_field(parts: list[QuantizedTensor], field: Field, axis: int) -> Tensor
     return pack(torch.cat([unpack(t, bits, n) for t, n in zip(tensors, lengths, strict=True)], -1), bits)
 
 
-def _the_same(tensors: list[Tensor], field: Field) -> Tensor:
+def _the_same(parts: list[QuantizedTensor], field: Field) -> Tensor:
     """What all parts of one matrix must share."""
-    if not all(torch.equal(tensor, tensors[0]) for tensor in tensors):
+    first, *others = (getattr(part, field.name) for part in parts)
+    if not all(torch.equal(first, other) for other in others):
         raise UnsupportedOpError(
-            f"weights with a {field.name} each cannot become one matrix", hint="dequantize() first, or keep them apart"
+            f"cat: {parts[0].meta.format} weights with a {field.name} each cannot become one matrix",
+            where=repr(parts[0]),
+            hint="dequantize() first, or keep them apart",
         )
-    return tensors[0].clone()
+    return first.clone()  # type: ignore[no-any-return]
 
 
 def _entries(w: QuantizedTensor, field: Field) -> int:

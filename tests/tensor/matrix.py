@@ -64,6 +64,11 @@ class At:
     def block(self) -> tuple[int, int]:
         return _weight(self).meta.block
 
+    @property
+    def one_matrix_scale(self) -> bool:
+        """Whether a whole matrix shares a second scale."""
+        return self.case.format.tensor_scale
+
     def weight(self) -> QuantizedTensor:
         return self.layout.quantize(self.case, self.dtype)
 
@@ -178,8 +183,8 @@ def _both(t: Tensor) -> tuple[int, int]:
 
 
 def folds_experts(at: At) -> bool:
-    """Torch multiplies a stack by one matrix as one long matrix, which a transposed stack is not."""
-    return experts(at) and transposed(at)
+    """Torch takes a stack for one long matrix, which a transposed one, or one with scales of matrices, is not."""
+    return experts(at) and (transposed(at) or at.one_matrix_scale)
 
 
 PRODUCTS: dict[str, Operation] = {
@@ -283,7 +288,8 @@ SHAPES: dict[str, Operation] = {
     "flatten experts": Operation(
         lambda t, at: t.flatten(0, 1),
         on=lambda at: experts(at) and straight(at),
-        refused=lambda at: ROWS % at.block[0] != 0,
+        refused=lambda at: ROWS % at.block[0] != 0 or at.one_matrix_scale,
+        named="flatten|view",
     ),
     "unsqueeze": Operation(lambda t, at: t.unsqueeze(0)),
     "unsqueeze in the middle": Operation(lambda t, at: t.unsqueeze(1), refused=matrices),
@@ -379,7 +385,11 @@ PICKS: dict[str, Operation] = {
         lambda t, at: t.index_select(at.c, torch.tensor([5, 0])), refused=always, named="index"
     ),
     "gather": Operation(lambda t, at: t.gather(0, torch.zeros(t.shape, dtype=torch.int64)), refused=always),
-    "cat": Operation(lambda t, at: torch.cat([t, at.like(t)], at.r), refused=lambda at: ROWS % at.block[0] != 0),
+    "cat": Operation(
+        lambda t, at: torch.cat([t, at.like(t)], at.r),
+        refused=lambda at: ROWS % at.block[0] != 0 or at.one_matrix_scale,
+        named="cat|tensor_scale",
+    ),
     "cat to itself": Operation(lambda t, at: torch.cat([t, t], at.r), refused=lambda at: ROWS % at.block[0] != 0),
     "cat columns": Operation(lambda t, at: torch.cat([t, at.like(t)], at.c), refused=_ends_in_a_block),
     "cat of split columns": Operation(
@@ -501,7 +511,7 @@ def _sliceable(at: At) -> bool:
 
 def _part_shares(at: At) -> bool:
     """Whether rows 2..4 share a scale with others."""
-    return at.block[0] > 1 and (2 % at.block[0] != 0 or at.block[0] >= ROWS)
+    return at.one_matrix_scale or (at.block[0] > 1 and (2 % at.block[0] != 0 or at.block[0] >= ROWS))
 
 
 def _columns_share(start: int, stop: int) -> When:
@@ -509,7 +519,7 @@ def _columns_share(start: int, stop: int) -> When:
 
     def shares(at: At) -> bool:
         step, bits = at.block[1], at.case.format.bits
-        if step >= COLUMNS or start % step or (stop != COLUMNS and stop % step):
+        if at.one_matrix_scale or step >= COLUMNS or start % step or (stop != COLUMNS and stop % step):
             return True
         odd = [start, stop] if stop != COLUMNS else [start]
         blocks = [n // step for n in odd] if at.case.asymmetric else []
@@ -522,25 +532,30 @@ WRITES: dict[str, Operation] = {
     "copy_": Operation(_write(lambda t, at: t)),
     "copy_ through mT": Operation(_write(lambda t, at: t.mT)),
     "copy_ to rows": Operation(
-        _write(lambda t, at: t.narrow(at.r, 2, 2)), on=_sliceable, refused=_part_shares, named="copy_|slice"
+        _write(lambda t, at: t.narrow(at.r, 2, 2)),
+        on=_sliceable,
+        refused=_part_shares,
+        named="copy_|slice|tensor_scale",
     ),
     "copy_ to every second row": Operation(
         _write(lambda t, at: torch.ops.aten.slice(t, at.r, 0, 6, 2)),
         on=_sliceable,
-        refused=shares_rows,
-        named="copy_|slice",
+        refused=lambda at: shares_rows(at) or at.one_matrix_scale,
+        named="copy_|slice|tensor_scale",
     ),
     "copy_ to columns": Operation(
-        _write(lambda t, at: t.narrow(at.c, 32, 32)), refused=_columns_share(32, 64), named="copy_|slice"
+        _write(lambda t, at: t.narrow(at.c, 32, 32)), refused=_columns_share(32, 64), named="copy_|slice|tensor_scale"
     ),
     "copy_ to columns inside blocks": Operation(
-        _write(lambda t, at: t.narrow(at.c, 0, 37)), refused=_columns_share(0, 37), named="copy_|slice"
+        _write(lambda t, at: t.narrow(at.c, 0, 37)), refused=_columns_share(0, 37), named="copy_|slice|tensor_scale"
     ),
     "copy_ to the last columns": Operation(
-        _write(lambda t, at: t.narrow(at.c, 64, 6)), refused=_columns_share(64, 70), named="copy_|slice"
+        _write(lambda t, at: t.narrow(at.c, 64, 6)), refused=_columns_share(64, 70), named="copy_|slice|tensor_scale"
     ),
     "copy_ to a slice of a part": Operation(
-        _write(lambda t, at: t.narrow(at.c, 0, 37).mT.detach()), refused=_columns_share(0, 37), named="copy_|slice"
+        _write(lambda t, at: t.narrow(at.c, 0, 37).mT.detach()),
+        refused=_columns_share(0, 37),
+        named="copy_|slice|tensor_scale",
     ),
     "copy_ to all columns": Operation(_write(lambda t, at: t.narrow(at.c, 0, 70).narrow(at.r, 0, 6))),
     "copy_ to an expert": Operation(_write(lambda t, at: t[1]), on=experts),
@@ -553,7 +568,7 @@ WRITES: dict[str, Operation] = {
         lambda t, at: t.__setitem__(slice(2, 4), at.like(t, lambda other: other[2:4])),
         on=lambda at: straight_matrices(at) and _sliceable(at),
         refused=_part_shares,
-        named="copy_|slice",
+        named="copy_|slice|tensor_scale",
     ),
     "assignment of an expert": Operation(
         lambda t, at: t.__setitem__(1, at.like(t, lambda other: other[0])), on=experts
