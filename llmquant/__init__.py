@@ -20,32 +20,24 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from llmquant.checkpoint.save import save as save
+    from llmquant.config.base import DynamicActivationConfig as DynamicActivationConfig
+    from llmquant.config.base import WeightOnlyConfig as WeightOnlyConfig
     from llmquant.config.fqn import FqnToConfig as FqnToConfig
-    from llmquant.config.recipe import list_recipes as list_recipes
-    from llmquant.config.recipe import load_recipe as load_recipe
-    from llmquant.config.schemes import DynamicActivationConfig as DynamicActivationConfig
-    from llmquant.config.schemes import (
+    from llmquant.config.named import (
         Float8DynamicActivationFloat8WeightConfig as Float8DynamicActivationFloat8WeightConfig,
     )
-    from llmquant.config.schemes import (
-        Float8DynamicActivationInt4WeightConfig as Float8DynamicActivationInt4WeightConfig,
-    )
-    from llmquant.config.schemes import Float8WeightOnlyConfig as Float8WeightOnlyConfig
-    from llmquant.config.schemes import Int4WeightOnlyConfig as Int4WeightOnlyConfig
-    from llmquant.config.schemes import (
-        Int8DynamicActivationInt4WeightConfig as Int8DynamicActivationInt4WeightConfig,
-    )
-    from llmquant.config.schemes import (
-        Int8DynamicActivationInt8WeightConfig as Int8DynamicActivationInt8WeightConfig,
-    )
-    from llmquant.config.schemes import (
-        Int8DynamicActivationIntxWeightConfig as Int8DynamicActivationIntxWeightConfig,
-    )
-    from llmquant.config.schemes import Int8WeightOnlyConfig as Int8WeightOnlyConfig
-    from llmquant.config.schemes import IntxWeightOnlyConfig as IntxWeightOnlyConfig
-    from llmquant.config.schemes import MXWeightOnlyConfig as MXWeightOnlyConfig
-    from llmquant.config.schemes import NVFP4WeightOnlyConfig as NVFP4WeightOnlyConfig
-    from llmquant.config.schemes import WeightOnlyConfig as WeightOnlyConfig
+    from llmquant.config.named import Float8DynamicActivationInt4WeightConfig as Float8DynamicActivationInt4WeightConfig
+    from llmquant.config.named import Float8WeightOnlyConfig as Float8WeightOnlyConfig
+    from llmquant.config.named import Int4WeightOnlyConfig as Int4WeightOnlyConfig
+    from llmquant.config.named import Int8DynamicActivationInt4WeightConfig as Int8DynamicActivationInt4WeightConfig
+    from llmquant.config.named import Int8DynamicActivationInt8WeightConfig as Int8DynamicActivationInt8WeightConfig
+    from llmquant.config.named import Int8DynamicActivationIntxWeightConfig as Int8DynamicActivationIntxWeightConfig
+    from llmquant.config.named import Int8WeightOnlyConfig as Int8WeightOnlyConfig
+    from llmquant.config.named import IntxWeightOnlyConfig as IntxWeightOnlyConfig
+    from llmquant.config.named import MXWeightOnlyConfig as MXWeightOnlyConfig
+    from llmquant.config.named import NVFP4WeightOnlyConfig as NVFP4WeightOnlyConfig
+    from llmquant.config.recipe import list_recipes as list_recipes
+    from llmquant.config.recipe import load_recipe as load_recipe
     from llmquant.errors import LlmQuantError as LlmQuantError
     from llmquant.formats import Format as Format
     from llmquant.formats import register_format as register_format
@@ -70,10 +62,9 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "llmquant.checkpoint.save": ["save"],
+    "llmquant.config.base": ["DynamicActivationConfig", "WeightOnlyConfig"],
     "llmquant.config.fqn": ["FqnToConfig"],
-    "llmquant.config.recipe": ["list_recipes", "load_recipe"],
-    "llmquant.config.schemes": [
-        "DynamicActivationConfig",
+    "llmquant.config.named": [
         "Float8DynamicActivationFloat8WeightConfig",
         "Float8DynamicActivationInt4WeightConfig",
         "Float8WeightOnlyConfig",
@@ -85,8 +76,8 @@ _PUBLIC = {
         "IntxWeightOnlyConfig",
         "MXWeightOnlyConfig",
         "NVFP4WeightOnlyConfig",
-        "WeightOnlyConfig",
     ],
+    "llmquant.config.recipe": ["list_recipes", "load_recipe"],
     "llmquant.errors": ["LlmQuantError"],
     "llmquant.formats": ["Format", "register_format"],
     "llmquant.integrations.optimize": ["OptimizeReport", "optimize", "restore"],

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from llmquant.algorithms import ALGORITHMS
+from llmquant.config.base import QuantConfig
 from llmquant.config.candidates import Candidate, Inventory, find_candidates
 from llmquant.config.fqn import FqnToConfig, Resolution, resolve
 from llmquant.config.recipe import to_config
-from llmquant.config.schemes import QuantConfig
 from llmquant.errors import AlreadyQuantizedError, BadWeightError, NothingToQuantizeError
 from llmquant.packing.bits import pack
 from llmquant.primitives.blocks import block_counts, to_blocks

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmquant.config.schemes import WeightOnlyConfig, parse_scheme
+from llmquant.config.base import WeightOnlyConfig
+from llmquant.config.schemes import parse_scheme
 from llmquant.formats import FORMATS, Format
 from llmquant.quantize import quantize_weight
 from llmquant.tensor import QuantizedTensor

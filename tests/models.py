@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llmquant.config.base import QuantConfig
 from llmquant.config.fqn import FqnToConfig
 from llmquant.config.recipe import to_config
-from llmquant.config.schemes import QuantConfig
 from llmquant.tensor import QuantizedTensor
 
 VOCAB, HIDDEN = 128, 64

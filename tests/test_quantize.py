@@ -14,7 +14,9 @@ from models import Folders, load
 from torch import Tensor, nn
 
 from llmquant import quantize as module
-from llmquant.config.schemes import Float8WeightOnlyConfig, WeightOnlyConfig, parse_scheme
+from llmquant.config.base import WeightOnlyConfig
+from llmquant.config.named import Float8WeightOnlyConfig
+from llmquant.config.schemes import parse_scheme
 from llmquant.errors import AlreadyQuantizedError, BadWeightError, NothingToQuantizeError
 from llmquant.primitives.granularity import MappingType, PerGroup, PerTensor
 from llmquant.primitives.metrics import compute_error

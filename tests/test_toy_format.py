@@ -12,7 +12,8 @@ from models import Folders, load
 
 from llmquant.checkpoint.inspect import inspect_checkpoint
 from llmquant.checkpoint.stream import quantize_checkpoint
-from llmquant.config.schemes import WeightOnlyConfig, parse_scheme
+from llmquant.config.base import WeightOnlyConfig
+from llmquant.config.schemes import parse_scheme
 from llmquant.formats import FORMATS, Format, register_format
 from llmquant.primitives.granularity import PerGroup, PerRow
 from llmquant.primitives.metrics import compute_error

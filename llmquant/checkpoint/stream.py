@@ -18,8 +18,8 @@ from llmquant.checkpoint.manifest import new_manifest, shard_metadata
 from llmquant.checkpoint.source import Source, open_source
 from llmquant.checkpoint.state import components, entry, expected
 from llmquant.config import recipe
+from llmquant.config.base import QuantConfig
 from llmquant.config.candidates import Candidate
-from llmquant.config.schemes import QuantConfig
 from llmquant.errors import BadWeightError, CheckpointError
 from llmquant.quantize import (
     Plan,

@@ -20,8 +20,9 @@ from typing import Any
 import yaml
 
 import llmquant
+from llmquant.config.base import QuantConfig, unknown_key
 from llmquant.config.fqn import FqnToConfig
-from llmquant.config.schemes import QuantConfig, parse_config, unknown_key
+from llmquant.config.schemes import parse_config
 from llmquant.errors import ConfigError, LlmQuantError
 
 RECIPE_VERSION = 1

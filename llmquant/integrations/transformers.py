@@ -16,9 +16,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmquant.checkpoint.manifest import METHOD, check_version, new_manifest, shard_metadata, verify
 from llmquant.checkpoint.state import assemble, component_key, expected, state_dict
 from llmquant.config import recipe
+from llmquant.config.base import QuantConfig
 from llmquant.config.candidates import Candidate, flat_experts
 from llmquant.config.fqn import FqnToConfig
-from llmquant.config.schemes import QuantConfig
 from llmquant.errors import BadWeightError, CheckpointError, ConfigError, ModelNotFoundError
 from llmquant.quantize import (
     AFTER_QUANTIZE,

@@ -22,7 +22,7 @@ from torch import Tensor
 from llmquant.checkpoint.files import ShardWriter, read_header
 from llmquant.checkpoint.manifest import new_manifest, shard_metadata, verify
 from llmquant.checkpoint.state import assemble, components, describe
-from llmquant.config.schemes import WeightOnlyConfig
+from llmquant.config.base import WeightOnlyConfig
 from llmquant.formats import FORMATS
 from llmquant.primitives.granularity import MappingType, PerGroup
 from llmquant.quantize import quantize_weight

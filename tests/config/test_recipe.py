@@ -9,7 +9,9 @@ import pytest
 import torch
 from models import Folders, load
 
+from llmquant.config.base import QuantConfig
 from llmquant.config.fqn import FqnToConfig
+from llmquant.config.named import Int4WeightOnlyConfig
 from llmquant.config.recipe import (
     Recipe,
     list_recipes,
@@ -20,7 +22,7 @@ from llmquant.config.recipe import (
     to_pairs,
     with_algorithm,
 )
-from llmquant.config.schemes import Int4WeightOnlyConfig, QuantConfig, parse_scheme
+from llmquant.config.schemes import parse_scheme
 from llmquant.errors import ConfigError
 from llmquant.formats import FORMATS
 from llmquant.quantize import quantize_

@@ -11,9 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmquant.config.schemes import (
-    SCALE_DTYPES,
-    DynamicActivationConfig,
+from llmquant.config.base import SCALE_DTYPES, DynamicActivationConfig, QuantConfig, WeightOnlyConfig, from_dict
+from llmquant.config.named import (
     Float8DynamicActivationFloat8WeightConfig,
     Float8DynamicActivationInt4WeightConfig,
     Float8WeightOnlyConfig,
@@ -25,12 +24,8 @@ from llmquant.config.schemes import (
     IntxWeightOnlyConfig,
     MXWeightOnlyConfig,
     NVFP4WeightOnlyConfig,
-    QuantConfig,
-    WeightOnlyConfig,
-    from_dict,
-    parse_config,
-    parse_scheme,
 )
+from llmquant.config.schemes import parse_config, parse_scheme
 from llmquant.errors import ConfigError, LlmQuantError
 from llmquant.formats import FORMATS
 from llmquant.primitives.dynamic import ALL_TOKENS, FLOAT8, Activation

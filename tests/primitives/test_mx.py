@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmquant.algorithms.rtn import Codes, rtn
 from llmquant.algorithms.search import search
-from llmquant.config.schemes import MXWeightOnlyConfig
+from llmquant.config.named import MXWeightOnlyConfig
 from llmquant.formats import FORMATS
 from llmquant.primitives.metrics import compute_error
 from llmquant.primitives.minifloat import MINIFLOATS

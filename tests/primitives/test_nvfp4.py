@@ -8,7 +8,7 @@ from cases import make_weight
 
 from llmquant.algorithms.rtn import rtn
 from llmquant.algorithms.search import search
-from llmquant.config.schemes import NVFP4WeightOnlyConfig
+from llmquant.config.named import NVFP4WeightOnlyConfig
 from llmquant.errors import UnsupportedOpError
 from llmquant.primitives.metrics import compute_error
 from llmquant.quantize import quantize_weight

@@ -15,7 +15,7 @@ from cases import ONE_PER_FORMAT, Case, make_weight
 from torch import Tensor, nn
 
 from llmquant import quantize_
-from llmquant.config.schemes import DynamicActivationConfig, QuantConfig, WeightOnlyConfig
+from llmquant.config.base import DynamicActivationConfig, QuantConfig, WeightOnlyConfig
 from llmquant.errors import UnsupportedOpError
 from llmquant.kernels import registry
 from llmquant.primitives.granularity import PerGroup
