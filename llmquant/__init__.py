@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from llmquant.config.named import Int8WeightOnlyConfig as Int8WeightOnlyConfig
     from llmquant.config.named import IntxWeightOnlyConfig as IntxWeightOnlyConfig
     from llmquant.config.named import MXWeightOnlyConfig as MXWeightOnlyConfig
+    from llmquant.config.named import NF4WeightOnlyConfig as NF4WeightOnlyConfig
     from llmquant.config.named import NVFP4WeightOnlyConfig as NVFP4WeightOnlyConfig
     from llmquant.config.recipe import list_recipes as list_recipes
     from llmquant.config.recipe import load_recipe as load_recipe
@@ -75,6 +76,7 @@ _PUBLIC = {
         "Int8WeightOnlyConfig",
         "IntxWeightOnlyConfig",
         "MXWeightOnlyConfig",
+        "NF4WeightOnlyConfig",
         "NVFP4WeightOnlyConfig",
     ],
     "llmquant.config.recipe": ["list_recipes", "load_recipe"],

@@ -38,6 +38,7 @@ class Format:
         scale_dtypes: how scales may be stored, the first by default; empty means 16 or 32 bits, as the config says.
         scale_rules: named rules for scales, the first by default; empty where there is only one.
         tensor_scale: whether each matrix also has one float32 scale, by which its block scales are multiplied.
+        row_scale: whether each row has one.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Format:
     scale_dtypes: tuple[torch.dtype, ...] = ()
     scale_rules: tuple[str, ...] = ()
     tensor_scale: bool = False
+    row_scale: bool = False
 
     @property
     def numerics(self) -> Numerics:
@@ -133,6 +135,21 @@ def _mx(name: str, bits: int, element: str) -> Format:
     )
 
 
+def _nf4(name: str, double_quant: bool) -> Format:
+    return Format(
+        name=name,
+        bits=4,
+        storage="scaled",
+        numerics_module="llmquant.primitives.nf4",
+        granularities=("group",),
+        group_size=64,
+        midpoint=7.0,
+        algorithms=("search", "rtn"),
+        scale_dtypes=(torch.uint8,) if double_quant else (),
+        row_scale=double_quant,
+    )
+
+
 for _bits in range(1, 9):
     register_format(_integer(_bits))
 register_format(_float8("float8", torch.float8_e4m3fn))
@@ -157,3 +174,5 @@ register_format(
         tensor_scale=True,
     )
 )
+register_format(_nf4("nf4", double_quant=True))
+register_format(_nf4("nf4-single", double_quant=False))

@@ -124,6 +124,11 @@ ELEMENT_BITS = {
     "nvfp4": (2, 1),
 }
 
+# The code book of QLoRA, as bitsandbytes publishes it (`bitsandbytes.functional.get_4bit_type`).
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334]
+NF4 += [-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
+NF4 += [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+
 
 def _affine_values(codes: np.ndarray, zeros: np.ndarray | None, fmt: Format) -> np.ndarray:
     if zeros is None:
@@ -131,10 +136,16 @@ def _affine_values(codes: np.ndarray, zeros: np.ndarray | None, fmt: Format) -> 
     return codes - zeros
 
 
+def _code_book(fmt: Format) -> np.ndarray:
+    """The value of each code, float64 [2^bits]."""
+    if fmt.name.startswith("nf4"):
+        return np.array(NF4).astype(np.float32).astype(np.float64)
+    return np.array([read_float(code, *ELEMENT_BITS[fmt.name]) for code in range(2**fmt.bits)])
+
+
 def _float_values(codes: np.ndarray, zeros: np.ndarray | None, fmt: Format) -> np.ndarray:
     assert zeros is None
-    table = np.array([read_float(code, *ELEMENT_BITS[fmt.name]) for code in range(2**fmt.bits)])
-    return table[codes]
+    return _code_book(fmt)[codes]
 
 
 VALUES: dict[str, Callable[[np.ndarray, np.ndarray | None, Format], np.ndarray]] = {
@@ -144,14 +155,18 @@ VALUES: dict[str, Callable[[np.ndarray, np.ndarray | None, Format], np.ndarray]]
 
 
 def read_scales(weight: QuantizedTensor) -> np.ndarray:
-    """The scale of each block in float64; a product with a tensor scale is rounded to float32."""
+    """The scale of each block in float64; a product with an outer scale is rounded to float32."""
     if weight.scale_dtype == torch.float8_e8m0fnu:
         return 2.0 ** (weight.scale.numpy().astype(np.float64) - 127)
-    if weight.scale_dtype != torch.float8_e4m3fn:
+    if weight.scale_dtype not in (torch.float8_e4m3fn, torch.uint8):
         return weight.scale.double().numpy()
-    table = np.array([read_float8(code, 4) for code in range(256)])
-    scale = table[weight.scale.numpy()]
-    return (scale * weight.tensor_scale.double().numpy()).astype(np.float32).astype(np.float64)  # type: ignore[attr-defined]
+    codes = weight.scale.numpy()
+    if weight.scale_dtype == torch.uint8:
+        scale, outer = codes, weight.row_scale  # type: ignore[attr-defined]
+    else:
+        scale = np.array([read_float8(code, 4) for code in range(256)])[codes]
+        outer = weight.tensor_scale  # type: ignore[attr-defined]
+    return (scale * outer.double().numpy()).astype(np.float32).astype(np.float64)
 
 
 def read(weight: QuantizedTensor) -> np.ndarray:

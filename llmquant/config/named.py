@@ -97,6 +97,27 @@ class NVFP4WeightOnlyConfig(WeightOnlyConfig):
         super().__init__("nvfp4", algorithm=_search_or_not(search))
 
 
+class NF4WeightOnlyConfig(WeightOnlyConfig):
+    """NF4 (QLoRA): the sixteen values of NormalFloat, groupwise.
+
+    Args:
+        double_quant: whether scales are codes of eight bits under a float32 scale of the row; else they are floats.
+        group_size: neighbours along a row that share a scale.
+        scale_dtype: of the scales without double quantization, float16 by default.
+        search: whether scales around the largest magnitude of a group are tried, too.
+    """
+
+    def __init__(
+        self,
+        double_quant: bool = True,
+        group_size: int = 64,
+        scale_dtype: torch.dtype | None = None,
+        search: bool = True,
+    ) -> None:
+        name = "nf4" if double_quant else "nf4-single"
+        super().__init__(name, PerGroup(group_size), scale_dtype=scale_dtype, algorithm=_search_or_not(search))
+
+
 class Int8DynamicActivationInt4WeightConfig(DynamicActivationConfig):
     """Activations in eight bits, weights in four, groupwise."""
 

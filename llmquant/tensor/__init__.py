@@ -9,7 +9,7 @@ from llmquant.primitives.dynamic import Activation
 from llmquant.tensor import ops as _ops  # noqa: F401  (fills the dispatch tables)
 from llmquant.tensor.affine import AffineTensor, Int4Tensor, Int8Tensor, IntxTensor
 from llmquant.tensor.base import Meta, QuantizedTensor, _rebuild
-from llmquant.tensor.scaled import Float8Tensor, MXTensor, NVFP4Tensor, ScaledTensor
+from llmquant.tensor.scaled import Float8Tensor, MXTensor, NF4Tensor, NVFP4Tensor, ScaledTensor
 
 STORAGE: dict[str, type[QuantizedTensor]] = {"affine": AffineTensor, "scaled": ScaledTensor}
 NAMED: tuple[type[QuantizedTensor], ...] = (
@@ -18,6 +18,7 @@ NAMED: tuple[type[QuantizedTensor], ...] = (
     IntxTensor,
     Float8Tensor,
     MXTensor,
+    NF4Tensor,
     NVFP4Tensor,
 )
 

@@ -44,7 +44,7 @@ def take_slice(w: QuantizedTensor, axis: int, start: int, stop: int) -> Quantize
 
     def cut(field: Field, tensor: Tensor) -> Tensor:
         nonlocal copies
-        if field.per == "matrix":
+        if field.per == "matrix" or (field.per == "row" and axis == -1):
             return tensor
         first, last = (start, stop) if field.per == "element" else blocks
         if axis == -2 or not field.packed:
@@ -54,7 +54,8 @@ def take_slice(w: QuantizedTensor, axis: int, start: int, stop: int) -> Quantize
         return _cut_packed(tensor, w.format.bits, length, first, last)
 
     part = w.rebuild(cut, **meta)
-    part._read_only |= copies or (stop != size and stop % step != 0) or start % step != 0
+    shares = axis == -1 and w.format.row_scale and stop - start != size
+    part._read_only |= copies or shares or (stop != size and stop % step != 0) or start % step != 0
     return part
 
 
@@ -175,7 +176,7 @@ def _check_joinable(parts: list[QuantizedTensor], axis: int) -> None:
 
 def _join_field(parts: list[QuantizedTensor], field: Field, axis: int) -> Tensor:
     tensors = [getattr(p, field.name) for p in parts]
-    if field.per == "matrix" and axis >= -2:
+    if (field.per == "matrix" and axis >= -2) or (field.per == "row" and axis == -1):
         return _the_same(parts, field)
     if axis != -1 or not field.packed:
         return torch.cat(tensors, axis)
@@ -185,7 +186,7 @@ def _join_field(parts: list[QuantizedTensor], field: Field, axis: int) -> Tensor
 
 
 def _the_same(parts: list[QuantizedTensor], field: Field) -> Tensor:
-    """What all parts of one matrix must share."""
+    """What all parts of one matrix, or of its rows, must share."""
     first, *others = (getattr(part, field.name) for part in parts)
     if not all(torch.equal(first, other) for other in others):
         raise UnsupportedOpError(

@@ -23,6 +23,7 @@ from llmquant.config.named import (
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
     MXWeightOnlyConfig,
+    NF4WeightOnlyConfig,
     NVFP4WeightOnlyConfig,
 )
 from llmquant.config.schemes import parse_config, parse_scheme
@@ -189,7 +190,7 @@ def test_what_search_and_scale_rule_mean() -> None:
     assert (found.algorithm, found.scale_rule, found.scale_dtype) == ("rtn", "rceil", torch.float8_e8m0fnu)
     assert from_dict({"format": "mxfp8", "scale_rule": "rceil", "algorithm": "rtn"}) == found != parse_scheme("mxfp8")
     assert found.with_algorithm("search").scale_rule == "rceil"
-    assert NVFP4WeightOnlyConfig(search=False).algorithm == "rtn"
+    assert NVFP4WeightOnlyConfig(search=False).algorithm == NF4WeightOnlyConfig(search=False).algorithm == "rtn"
     assert parse_scheme("mxfp4").scale_rule == "floor" and parse_scheme("nvfp4").scale_rule is None
 
 
@@ -214,6 +215,9 @@ def test_what_search_and_scale_rule_mean() -> None:
         (MXWeightOnlyConfig(), "mxfp4"),
         (MXWeightOnlyConfig("mxfp6-e3m2"), "mxfp6-e3m2"),
         (MXWeightOnlyConfig(format="mxfp8-e5m2", scale_rule="floor", search=True), "mxfp8-e5m2"),
+        (NF4WeightOnlyConfig(), "nf4"),
+        (NF4WeightOnlyConfig(double_quant=True, group_size=128), "nf4-g128"),
+        (NF4WeightOnlyConfig(double_quant=False), "nf4-single"),
         (NVFP4WeightOnlyConfig(), "nvfp4"),
         (NVFP4WeightOnlyConfig(search=True), "nvfp4"),
         (DynamicActivationConfig("int5"), "a8-int5"),
@@ -407,6 +411,9 @@ BAD_CONFIGS: dict[str, tuple[Any, str]] = {
     "groups of another size": (lambda: WeightOnlyConfig("nvfp4", PerGroup(32)), "16"),
     "rows of mxfp4": (lambda: WeightOnlyConfig("mxfp4", PerRow()), "group"),
     "other scales of mxfp4": (lambda: WeightOnlyConfig("mxfp4", scale_dtype=torch.float16), "float8_e8m0fnu"),
+    "float scales quantized twice": (lambda: NF4WeightOnlyConfig(scale_dtype=torch.float16), "uint8"),
+    "whole scales of nf4-single": (lambda: WeightOnlyConfig("nf4-single", scale_dtype=torch.uint8), "float16"),
+    "rows of nf4": (lambda: WeightOnlyConfig("nf4", PerRow()), "group"),
     "small scales of int4": (lambda: WeightOnlyConfig("int4", scale_dtype=E4M3), "float16"),
     "unknown rule": (lambda: MXWeightOnlyConfig(scale_rule="round"), "rceil"),
     "a rule where there is one only": (lambda: WeightOnlyConfig("nvfp4", scale_rule="floor"), "leave it out"),

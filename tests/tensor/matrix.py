@@ -519,7 +519,8 @@ def _columns_share(start: int, stop: int) -> When:
 
     def shares(at: At) -> bool:
         step, bits = at.block[1], at.case.format.bits
-        if at.one_matrix_scale or step >= COLUMNS or start % step or (stop != COLUMNS and stop % step):
+        outer = at.one_matrix_scale or at.case.format.row_scale
+        if outer or step >= COLUMNS or start % step or (stop != COLUMNS and stop % step):
             return True
         odd = [start, stop] if stop != COLUMNS else [start]
         blocks = [n // step for n in odd] if at.case.asymmetric else []
