@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from llmquant.config.base import WeightOnlyConfig as WeightOnlyConfig
     from llmquant.config.fqn import FqnToConfig as FqnToConfig
     from llmquant.config.named import (
+        Float8DynamicActivationFloat8SemiSparseWeightConfig as Float8DynamicActivationFloat8SemiSparseWeightConfig,
+    )
+    from llmquant.config.named import (
         Float8DynamicActivationFloat8WeightConfig as Float8DynamicActivationFloat8WeightConfig,
     )
     from llmquant.config.named import Float8DynamicActivationInt4WeightConfig as Float8DynamicActivationInt4WeightConfig
@@ -66,6 +69,7 @@ _PUBLIC = {
     "llmquant.config.base": ["DynamicActivationConfig", "WeightOnlyConfig"],
     "llmquant.config.fqn": ["FqnToConfig"],
     "llmquant.config.named": [
+        "Float8DynamicActivationFloat8SemiSparseWeightConfig",
         "Float8DynamicActivationFloat8WeightConfig",
         "Float8DynamicActivationInt4WeightConfig",
         "Float8WeightOnlyConfig",

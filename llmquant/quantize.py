@@ -313,7 +313,7 @@ def _quantize_matrix(
         else:
             x = to_blocks(part, (part.shape[0], columns))
             codes = spec.format.numerics.encode(x, shared, spec.format).reshape(part.shape)
-        into["qdata"][start : start + step] = pack(codes, spec.format.bits)
+        into["qdata"][start : start + step] = spec.format.packing.pack(codes, spec.format.bits)
     if shared is not None:
         _store(shared, spec, into, slice(None))
 

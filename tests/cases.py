@@ -93,6 +93,24 @@ def read_codes(packed: Tensor, bits: int, length: int) -> np.ndarray:
     return np.array(codes, dtype=np.int64).reshape(*packed.shape[:-1], length)
 
 
+def read_sparse_codes(packed: Tensor, length: int) -> np.ndarray:
+    """uint8 [..., bytes] of 2:4 sparse codes -> codes [..., length], byte by byte."""
+    rows = packed.reshape(-1, packed.shape[-1]).tolist()
+    codes = np.zeros((len(rows), -(-length // 4) * 4), dtype=np.int64)
+    for row, data in enumerate(rows):
+        for four in range(codes.shape[1] // 4):
+            at, half = divmod(four, 2)
+            places = data[5 * at] >> 4 * half
+            for i in range(2):
+                codes[row, 4 * four + (places >> 2 * i) % 4] = data[5 * at + 1 + 2 * half + i]
+    return codes[:, :length].reshape(*packed.shape[:-1], length)
+
+
+def read_elements(qdata: Tensor, fmt: Format, columns: int) -> np.ndarray:
+    """The codes of a weight's elements, [..., columns], however the format packs them."""
+    return read_sparse_codes(qdata, columns) if fmt.storage == "semisparse" else read_codes(qdata, fmt.bits, columns)
+
+
 def read_float(code: int, exponent_bits: int, mantissa_bits: int) -> float:
     """The value of a small float with that many bits (and a sign), by the OCP specifications."""
     width, bias = exponent_bits + mantissa_bits, 2 ** (exponent_bits - 1) - 1
@@ -122,6 +140,7 @@ ELEMENT_BITS = {
     "mxfp8": (4, 3),
     "mxfp8-e5m2": (5, 2),
     "nvfp4": (2, 1),
+    "float8-2x4": (4, 3),
 }
 
 # The code book of QLoRA, as bitsandbytes publishes it (`bitsandbytes.functional.get_4bit_type`).
@@ -151,6 +170,7 @@ def _float_values(codes: np.ndarray, zeros: np.ndarray | None, fmt: Format) -> n
 VALUES: dict[str, Callable[[np.ndarray, np.ndarray | None, Format], np.ndarray]] = {
     "affine": _affine_values,
     "scaled": _float_values,
+    "semisparse": _float_values,
 }
 
 
@@ -172,7 +192,7 @@ def read_scales(weight: QuantizedTensor) -> np.ndarray:
 def read(weight: QuantizedTensor) -> np.ndarray:
     """The values of a quantized tensor as it stands, float64 rounded once to float32, element by element."""
     fmt, (block_rows, block_columns), columns = weight.format, weight.meta.block, weight.meta.columns
-    codes = read_codes(weight.qdata, fmt.bits, columns)
+    codes = read_elements(weight.qdata, fmt, columns)
     rows = codes.shape[-2]
     across, along = np.arange(rows) // block_rows, np.arange(columns) // block_columns
     scale = read_scales(weight)[..., across[:, None], along[None, :]]

@@ -186,6 +186,21 @@ class Float8DynamicActivationFloat8WeightConfig(DynamicActivationConfig):
         super().__init__(name, weight, scale_dtype=scale_dtype, activation=activation)
 
 
+class Float8DynamicActivationFloat8SemiSparseWeightConfig(DynamicActivationConfig):
+    """Activations and weights as float8 numbers, and two of four neighbours along a row of the weight dropped (2:4).
+
+    A prototype: those of least magnitude go, whatever they mean to the model; training afterwards is not here yet.
+    """
+
+    def __init__(
+        self,
+        act_granularity: Granularity = PerToken(),  # noqa: B008  (frozen)
+        scale_dtype: torch.dtype | None = None,
+    ) -> None:
+        activation = Activation.of(act_granularity, dtype=FLOAT8)
+        super().__init__("float8-2x4", scale_dtype=scale_dtype, activation=activation)
+
+
 class Float8DynamicActivationInt4WeightConfig(DynamicActivationConfig):
     """Activations as float8 numbers, weights in four bits, groupwise."""
 

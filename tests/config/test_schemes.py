@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from llmquant.config.base import SCALE_DTYPES, DynamicActivationConfig, QuantConfig, WeightOnlyConfig, from_dict
 from llmquant.config.named import (
+    Float8DynamicActivationFloat8SemiSparseWeightConfig,
     Float8DynamicActivationFloat8WeightConfig,
     Float8DynamicActivationInt4WeightConfig,
     Float8WeightOnlyConfig,
@@ -234,6 +235,8 @@ def test_what_search_and_scale_rule_mean() -> None:
         (Float8DynamicActivationFloat8WeightConfig(PerBlock((128, 128))), "f8-g128-float8-b128"),
         (Float8DynamicActivationFloat8WeightConfig((PerToken(), PerTensor())), "f8-float8-tensor"),
         (Float8DynamicActivationFloat8WeightConfig((PerTokenGroup(64), PerBlock((32, 64)))), "f8-g64-float8-b32x64"),
+        (Float8DynamicActivationFloat8SemiSparseWeightConfig(), "f8-float8-2x4"),
+        (Float8DynamicActivationFloat8SemiSparseWeightConfig(PerTokenGroup(64)), "f8-g64-float8-2x4"),
         (Float8DynamicActivationInt4WeightConfig(), "f8-int4"),
         (Float8DynamicActivationInt4WeightConfig(32, PerTensor(), ASYM), "f8-tensor-int4-g32-asym"),
         (Int8DynamicActivationIntxWeightConfig(), "a8-token-asym-int8-g32"),
@@ -413,6 +416,7 @@ BAD_CONFIGS: dict[str, tuple[Any, str]] = {
     "other scales of mxfp4": (lambda: WeightOnlyConfig("mxfp4", scale_dtype=torch.float16), "float8_e8m0fnu"),
     "float scales quantized twice": (lambda: NF4WeightOnlyConfig(scale_dtype=torch.float16), "uint8"),
     "whole scales of nf4-single": (lambda: WeightOnlyConfig("nf4-single", scale_dtype=torch.uint8), "float16"),
+    "2:4 per tensor": (lambda: WeightOnlyConfig("float8-2x4", PerTensor()), "row"),
     "rows of nf4": (lambda: WeightOnlyConfig("nf4", PerRow()), "group"),
     "small scales of int4": (lambda: WeightOnlyConfig("int4", scale_dtype=E4M3), "float16"),
     "unknown rule": (lambda: MXWeightOnlyConfig(scale_rule="round"), "rceil"),
