@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from llmquant.config.base import WeightOnlyConfig as WeightOnlyConfig
     from llmquant.config.fqn import FqnToConfig as FqnToConfig
     from llmquant.config.named import (
+        Float8DynamicActivationFloat8SemiSparseWeightConfig as Float8DynamicActivationFloat8SemiSparseWeightConfig,
+    )
+    from llmquant.config.named import (
         Float8DynamicActivationFloat8WeightConfig as Float8DynamicActivationFloat8WeightConfig,
     )
     from llmquant.config.named import Float8DynamicActivationInt4WeightConfig as Float8DynamicActivationInt4WeightConfig
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from llmquant.config.named import Int8WeightOnlyConfig as Int8WeightOnlyConfig
     from llmquant.config.named import IntxWeightOnlyConfig as IntxWeightOnlyConfig
     from llmquant.config.named import MXWeightOnlyConfig as MXWeightOnlyConfig
+    from llmquant.config.named import NF4WeightOnlyConfig as NF4WeightOnlyConfig
     from llmquant.config.named import NVFP4WeightOnlyConfig as NVFP4WeightOnlyConfig
     from llmquant.config.recipe import list_recipes as list_recipes
     from llmquant.config.recipe import load_recipe as load_recipe
@@ -65,6 +69,7 @@ _PUBLIC = {
     "llmquant.config.base": ["DynamicActivationConfig", "WeightOnlyConfig"],
     "llmquant.config.fqn": ["FqnToConfig"],
     "llmquant.config.named": [
+        "Float8DynamicActivationFloat8SemiSparseWeightConfig",
         "Float8DynamicActivationFloat8WeightConfig",
         "Float8DynamicActivationInt4WeightConfig",
         "Float8WeightOnlyConfig",
@@ -75,6 +80,7 @@ _PUBLIC = {
         "Int8WeightOnlyConfig",
         "IntxWeightOnlyConfig",
         "MXWeightOnlyConfig",
+        "NF4WeightOnlyConfig",
         "NVFP4WeightOnlyConfig",
     ],
     "llmquant.config.recipe": ["list_recipes", "load_recipe"],

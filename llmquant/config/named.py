@@ -97,6 +97,27 @@ class NVFP4WeightOnlyConfig(WeightOnlyConfig):
         super().__init__("nvfp4", algorithm=_search_or_not(search))
 
 
+class NF4WeightOnlyConfig(WeightOnlyConfig):
+    """NF4 (QLoRA): the sixteen values of NormalFloat, groupwise.
+
+    Args:
+        double_quant: whether scales are codes of eight bits under a float32 scale of the row; else they are floats.
+        group_size: neighbours along a row that share a scale.
+        scale_dtype: of the scales without double quantization, float16 by default.
+        search: whether scales around the largest magnitude of a group are tried, too.
+    """
+
+    def __init__(
+        self,
+        double_quant: bool = True,
+        group_size: int = 64,
+        scale_dtype: torch.dtype | None = None,
+        search: bool = True,
+    ) -> None:
+        name = "nf4" if double_quant else "nf4-single"
+        super().__init__(name, PerGroup(group_size), scale_dtype=scale_dtype, algorithm=_search_or_not(search))
+
+
 class Int8DynamicActivationInt4WeightConfig(DynamicActivationConfig):
     """Activations in eight bits, weights in four, groupwise."""
 
@@ -163,6 +184,21 @@ class Float8DynamicActivationFloat8WeightConfig(DynamicActivationConfig):
         tokens, weight = granularity if isinstance(granularity, tuple) else (_of_tokens(granularity), granularity)
         name, activation = _format_of(weight_dtype, "scaled"), Activation.of(tokens, dtype=FLOAT8)
         super().__init__(name, weight, scale_dtype=scale_dtype, activation=activation)
+
+
+class Float8DynamicActivationFloat8SemiSparseWeightConfig(DynamicActivationConfig):
+    """Activations and weights as float8 numbers, and two of four neighbours along a row of the weight dropped (2:4).
+
+    A prototype: those of least magnitude go, whatever they mean to the model; training afterwards is not here yet.
+    """
+
+    def __init__(
+        self,
+        act_granularity: Granularity = PerToken(),  # noqa: B008  (frozen)
+        scale_dtype: torch.dtype | None = None,
+    ) -> None:
+        activation = Activation.of(act_granularity, dtype=FLOAT8)
+        super().__init__("float8-2x4", scale_dtype=scale_dtype, activation=activation)
 
 
 class Float8DynamicActivationInt4WeightConfig(DynamicActivationConfig):

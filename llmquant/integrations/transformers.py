@@ -142,9 +142,10 @@ class LlmQuantizer(HfQuantizer):
             return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in sizes) / max(param.numel(), 1)
         if param_name in self._chosen:
             candidate, config = self._chosen[param_name]
-            spec = config.spec(*(candidate.shape[:-3:-1] if candidate.transposed else candidate.shape[-2:]))
+            rows, columns = candidate.shape[:-3:-1] if candidate.transposed else candidate.shape[-2:]
+            spec = config.spec(rows, columns)
             block = spec.block[0] * spec.block[1]
-            return spec.format.bits / 8 + spec.scale_dtype.itemsize / max(block, 1)
+            return spec.format.row_bytes(columns) / columns + spec.scale_dtype.itemsize / max(block, 1)
         return param.element_size()
 
     def get_quantize_ops(self) -> ConversionOps:

@@ -42,8 +42,9 @@ def linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor 
     """
     quantized = quantize_activation(x.reshape(x.shape[:-1].numel(), weight.columns), activation)
     # Float64 sums are exact in any order while they stay below 2^53 units. Codes are integers below 2^8; weights at
-    # scale 1 are multiples of 1/2 below 2^8 (integers), of 2^-9 below 2^9 (e4m3) or of 2^-16 below 2^16 (e5m2, which
-    # is exact for blocks of up to 2^13 columns, and beyond them rounded where float32 does not see it).
+    # scale 1 are multiples of 1/2 below 2^8 (integers), of 2^-27 up to 1 (nf4), of 2^-9 below 2^9 (e4m3) or of 2^-16
+    # below 2^16 (e5m2, which is exact for blocks of up to 2^13 columns, and beyond them rounded where float32 does not
+    # see it).
     left, width = steps(quantized, activation).double(), activation.width(weight.columns)
     out = x.new_empty(*x.shape[:-1], weight.rows)
     for start, stop in weight.panels():

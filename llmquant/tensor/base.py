@@ -23,7 +23,8 @@ class Field:
 
     Attributes:
         name: the attribute; on disk its suffix (`qdata` goes under the weight's own key).
-        per: one entry an `element` of the weight, one a `block` that shares a scale, or one a `matrix`, [..., 1, 1].
+        per: one entry an `element` of the weight, one a `block` that shares a scale, one a `row` of them, [..., B, 1],
+            or one a `matrix`, [..., 1, 1].
         packed: whether entries are codes packed at the format's bits along the last dimension.
         optional: whether it may be None.
     """

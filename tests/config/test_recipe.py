@@ -54,7 +54,7 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
 
 def test_there_are_recipes() -> None:
     assert {"int4-g32", "int8", "float8"} <= set(SHIPPED)
-    assert sorted(SHIPPED) == SHIPPED == [path.stem for path in sorted(recipe_folder().glob("*.yaml"))]
+    assert sorted(SHIPPED) == SHIPPED == sorted(path.stem for path in recipe_folder().glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from llmquant.config.base import SCALE_DTYPES, DynamicActivationConfig, QuantConfig, WeightOnlyConfig, from_dict
 from llmquant.config.named import (
+    Float8DynamicActivationFloat8SemiSparseWeightConfig,
     Float8DynamicActivationFloat8WeightConfig,
     Float8DynamicActivationInt4WeightConfig,
     Float8WeightOnlyConfig,
@@ -23,6 +24,7 @@ from llmquant.config.named import (
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
     MXWeightOnlyConfig,
+    NF4WeightOnlyConfig,
     NVFP4WeightOnlyConfig,
 )
 from llmquant.config.schemes import parse_config, parse_scheme
@@ -189,7 +191,7 @@ def test_what_search_and_scale_rule_mean() -> None:
     assert (found.algorithm, found.scale_rule, found.scale_dtype) == ("rtn", "rceil", torch.float8_e8m0fnu)
     assert from_dict({"format": "mxfp8", "scale_rule": "rceil", "algorithm": "rtn"}) == found != parse_scheme("mxfp8")
     assert found.with_algorithm("search").scale_rule == "rceil"
-    assert NVFP4WeightOnlyConfig(search=False).algorithm == "rtn"
+    assert NVFP4WeightOnlyConfig(search=False).algorithm == NF4WeightOnlyConfig(search=False).algorithm == "rtn"
     assert parse_scheme("mxfp4").scale_rule == "floor" and parse_scheme("nvfp4").scale_rule is None
 
 
@@ -214,6 +216,9 @@ def test_what_search_and_scale_rule_mean() -> None:
         (MXWeightOnlyConfig(), "mxfp4"),
         (MXWeightOnlyConfig("mxfp6-e3m2"), "mxfp6-e3m2"),
         (MXWeightOnlyConfig(format="mxfp8-e5m2", scale_rule="floor", search=True), "mxfp8-e5m2"),
+        (NF4WeightOnlyConfig(), "nf4"),
+        (NF4WeightOnlyConfig(double_quant=True, group_size=128), "nf4-g128"),
+        (NF4WeightOnlyConfig(double_quant=False), "nf4-single"),
         (NVFP4WeightOnlyConfig(), "nvfp4"),
         (NVFP4WeightOnlyConfig(search=True), "nvfp4"),
         (DynamicActivationConfig("int5"), "a8-int5"),
@@ -230,6 +235,8 @@ def test_what_search_and_scale_rule_mean() -> None:
         (Float8DynamicActivationFloat8WeightConfig(PerBlock((128, 128))), "f8-g128-float8-b128"),
         (Float8DynamicActivationFloat8WeightConfig((PerToken(), PerTensor())), "f8-float8-tensor"),
         (Float8DynamicActivationFloat8WeightConfig((PerTokenGroup(64), PerBlock((32, 64)))), "f8-g64-float8-b32x64"),
+        (Float8DynamicActivationFloat8SemiSparseWeightConfig(), "f8-float8-2x4"),
+        (Float8DynamicActivationFloat8SemiSparseWeightConfig(PerTokenGroup(64)), "f8-g64-float8-2x4"),
         (Float8DynamicActivationInt4WeightConfig(), "f8-int4"),
         (Float8DynamicActivationInt4WeightConfig(32, PerTensor(), ASYM), "f8-tensor-int4-g32-asym"),
         (Int8DynamicActivationIntxWeightConfig(), "a8-token-asym-int8-g32"),
@@ -407,6 +414,10 @@ BAD_CONFIGS: dict[str, tuple[Any, str]] = {
     "groups of another size": (lambda: WeightOnlyConfig("nvfp4", PerGroup(32)), "16"),
     "rows of mxfp4": (lambda: WeightOnlyConfig("mxfp4", PerRow()), "group"),
     "other scales of mxfp4": (lambda: WeightOnlyConfig("mxfp4", scale_dtype=torch.float16), "float8_e8m0fnu"),
+    "float scales quantized twice": (lambda: NF4WeightOnlyConfig(scale_dtype=torch.float16), "uint8"),
+    "whole scales of nf4-single": (lambda: WeightOnlyConfig("nf4-single", scale_dtype=torch.uint8), "float16"),
+    "2:4 per tensor": (lambda: WeightOnlyConfig("float8-2x4", PerTensor()), "row"),
+    "rows of nf4": (lambda: WeightOnlyConfig("nf4", PerRow()), "group"),
     "small scales of int4": (lambda: WeightOnlyConfig("int4", scale_dtype=E4M3), "float16"),
     "unknown rule": (lambda: MXWeightOnlyConfig(scale_rule="round"), "rceil"),
     "a rule where there is one only": (lambda: WeightOnlyConfig("nvfp4", scale_rule="floor"), "leave it out"),

@@ -69,6 +69,11 @@ class At:
         """Whether a whole matrix shares a second scale."""
         return self.case.format.tensor_scale
 
+    @property
+    def packed_together(self) -> int:
+        """Columns that are packed together."""
+        return self.case.format.packing.STEP
+
     def weight(self) -> QuantizedTensor:
         return self.layout.quantize(self.case, self.dtype)
 
@@ -123,8 +128,8 @@ def straight_matrices(at: At) -> bool:
 
 
 def cuts_columns(start: int) -> When:
-    """Where a block of several begins before that column and ends behind it."""
-    return lambda at: at.block[1] < COLUMNS and start % at.block[1] != 0
+    """Where a block of several, or codes that are packed together, begin before that column and end behind it."""
+    return lambda at: (at.block[1] < COLUMNS and start % at.block[1] != 0) or start % at.packed_together != 0
 
 
 def shares_rows(at: At) -> bool:
@@ -356,7 +361,7 @@ def _by_rows(at: At) -> bool:
 
 
 def _ends_in_a_block(at: At) -> bool:
-    return COLUMNS % at.block[1] != 0
+    return COLUMNS % at.block[1] != 0 or COLUMNS % at.packed_together != 0
 
 
 PICKS: dict[str, Operation] = {
@@ -519,7 +524,8 @@ def _columns_share(start: int, stop: int) -> When:
 
     def shares(at: At) -> bool:
         step, bits = at.block[1], at.case.format.bits
-        if at.one_matrix_scale or step >= COLUMNS or start % step or (stop != COLUMNS and stop % step):
+        outer = at.one_matrix_scale or at.case.format.row_scale
+        if outer or step >= COLUMNS or start % step or (stop != COLUMNS and stop % step):
             return True
         odd = [start, stop] if stop != COLUMNS else [start]
         blocks = [n // step for n in odd] if at.case.asymmetric else []
