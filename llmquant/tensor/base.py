@@ -97,6 +97,8 @@ class QuantizedTensor(torch.Tensor):
     # A part that shares a scale or a byte with what is outside of it, or a copy where torch promises a view: writing to
     # it would change more than itself, or nothing.
     _read_only: bool = False
+    # On the shards that FSDP2 makes of a weight: the `Meta` of the whole.
+    _whole: Meta | None = None
     # How often any quantized tensor was written to: views share memory, but torch counts changes of each apart.
     writes: ClassVar[int] = 0
 
@@ -143,6 +145,8 @@ class QuantizedTensor(torch.Tensor):
         result = type(self)(tensors, replace(self.meta, **meta), dtype or self.dtype)
         if self._read_only and not copied:
             result._read_only = True
+        if self._whole is not None:
+            result._whole = self._whole
         return result
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Meta, torch.dtype]]:
@@ -257,6 +261,31 @@ class QuantizedTensor(torch.Tensor):
             out[start:stop] = matrix.panel(start, stop).dequantize()
         return out.t() if self.meta.transposed else out
 
+    # --- FSDP2 ----------------------------------------------------------------------------------------
+
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], None]:
+        """What the processes of `fully_shard` exchange: the packed parts of their shards, padded to one size."""
+        return tuple(_with_padding(tensor) for _, tensor in self.parts()), None
+
+    def fsdp_post_all_gather(
+        self, gathered: tuple[Tensor, ...], context: None, dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> tuple[QuantizedTensor, tuple[Tensor, ...]] | None:
+        """The whole weight, with the padding of its last shard, as views of what was gathered.
+
+        `out` is what an earlier call gave, whose memory holds the new parts already.
+        """
+        if isinstance(out, QuantizedTensor):
+            out._packed = None
+            return None
+        meta = self._whole or self.meta
+        tensors = {field.name: tensor for (field, _), tensor in zip(self.parts(), gathered, strict=True)}
+        if self.dim() == 2:
+            rows = tensors["qdata"].shape[0]
+            for field, _ in self.parts():  # all shards bring the scale that they share
+                if field.per == "matrix" or (field.per == "block" and meta.block[0] >= rows > 1):
+                    tensors[field.name] = tensors[field.name][:1]
+        return type(self)(tensors, meta, dtype), gathered
+
     # --- dispatch -------------------------------------------------------------------------------------
 
     @classmethod
@@ -286,6 +315,13 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 DISPATCH: dict[Any, Callable[..., Any]] = {}
 # Operators whose result has the very scale of its argument, or no need of it.
 KEEPS_GRADIENTS: set[Any] = set()
+
+
+def _with_padding(tensor: Tensor) -> Tensor:
+    """All of the memory that a part of a shard is the beginning of."""
+    step = tensor[:1].numel()
+    rows = tensor.untyped_storage().nbytes() // max(step * tensor.element_size(), 1)
+    return tensor.as_strided((rows, *tensor.shape[1:]), tensor.stride(), 0)
 
 
 def _refuse_to_lose_gradients(func: Any, args: tuple[Any, ...]) -> None:

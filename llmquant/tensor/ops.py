@@ -189,6 +189,8 @@ def _view(func: Any, w: QuantizedTensor, shape: Any, *_: Any) -> QuantizedTensor
     shape = list(shape)
     if shape == list(w.shape):
         return _alike(func, w)
+    if shape == [w.numel()] and w._whole is not None:
+        return _alike(func, w)  # FSDP2 keeps a flat view of a shard, which it only reads where tensors are plain
     if len(shape) < 2 or _count(shape) != w.numel():
         return unsupported(func, w)
     if shape[-2:] == list(w.shape[-2:]):  # only the dimensions of experts change
