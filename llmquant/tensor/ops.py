@@ -49,6 +49,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         out = torch.matmul(input, weight.mT)  # arrives here again below autograd, which has taken note of the weight
         return out if bias is None else out + bias
+    if torch.compiler.is_exporting() and not isinstance(weight, torch.nn.Parameter):
+        # torch.export follows a part of a parameter (an expert) as a whole only: its graph gets torch's own operator.
+        with torch._C.DisableTorchFunctionSubclass():
+            return F.linear(input, weight, bias)
+    return linear_below(input, weight, bias)
+
+
+def linear_below(input: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` below autograd and export, which have taken note of it."""
     if weight.meta.transposed:
         # Sums here run over the logical rows; `activation` is said of inputs along the columns, so this one stays.
         out = ops.matmul(input, weight.packed())
@@ -96,7 +105,7 @@ def product(x: Tensor, y: Tensor) -> Tensor:
             return unsupported(aten.mm, x, y)
         return product(y.t(), x.t()).t()
     assert isinstance(y, QuantizedTensor)
-    return linear(x, y.t())
+    return linear_below(x, y.t())
 
 
 @dispatch(aten.embedding)
@@ -120,8 +129,9 @@ def _mv(func: Any, x: Tensor, y: Tensor) -> Tensor:
 def _addmm(func: Any, bias: Tensor, x: Tensor, y: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     if isinstance(bias, QuantizedTensor):
         return unsupported(func, bias, x, y)
-    if isinstance(y, QuantizedTensor) and beta == alpha == 1 and bias.dim() == 1:
-        return linear(x, y.t(), bias)
+    if not isinstance(x, QuantizedTensor) and beta == alpha == 1 and bias.dim() == 1:
+        assert isinstance(y, QuantizedTensor)
+        return linear_below(x, y.t(), bias)
     return beta * bias + alpha * product(x, y)
 
 
