@@ -88,13 +88,21 @@ def refuse_sharded(name: str, weight: Tensor) -> None:
 
 
 def refuse_to_save(model: nn.Module) -> None:
-    """Raises `ConfigError` for a model whose quantized weights lie in parts on several processes."""
+    """Raises `ConfigError` for a model whose quantized weights are not all here: in parts, or taken away by hooks."""
     for name, tensor in model.named_parameters():
-        if isinstance(tensor, DTensor) and isinstance(local(tensor), QuantizedTensor):
+        if not isinstance(local(tensor), QuantizedTensor):
+            continue
+        if isinstance(tensor, DTensor):
             raise ConfigError(
                 "a quantized weight that lies in parts on several processes cannot be saved",
                 where=name,
                 hint="save from a process that has the whole model, before it is sharded",
+            )
+        if tensor.is_meta:
+            raise ConfigError(
+                "a quantized weight that is offloaded cannot be saved",
+                where=name,
+                hint="call accelerate.hooks.remove_hook_from_submodules(model) first, or save before offloading",
             )
 
 

@@ -80,6 +80,9 @@ class QuantizedTensor(torch.Tensor):
             leading dimensions (experts) in front.
         meta: see `Meta`.
         dtype: the floating dtype it stands for.
+
+    A class also takes a weight alone, as `nn.Parameter` does and with the same result: tools that move parameters
+    (accelerate) make them anew by calling their type.
     """
 
     fields: ClassVar[tuple[Field, ...]] = (
@@ -99,26 +102,51 @@ class QuantizedTensor(torch.Tensor):
     _read_only: bool = False
     # On the shards that FSDP2 makes of a weight: the `Meta` of the whole.
     _whole: Meta | None = None
+    _is_param: bool  # what makes torch take a tensor for an `nn.Parameter`
     # How often any quantized tensor was written to: views share memory, but torch counts changes of each apart.
     writes: ClassVar[int] = 0
 
     @staticmethod
-    def __new__(cls, tensors: Mapping[str, Tensor | None], meta: Meta, dtype: torch.dtype) -> QuantizedTensor:
+    def __new__(
+        cls,
+        tensors: Mapping[str, Tensor | None] | QuantizedTensor,
+        meta: Meta | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        requires_grad: bool = False,
+    ) -> QuantizedTensor:
+        if isinstance(tensors, QuantizedTensor):
+            tensors, meta, dtype = tensors._arguments()
         qdata = tensors["qdata"]
-        assert qdata is not None
+        assert qdata is not None and meta is not None
         shape = [*qdata.shape[:-1], meta.columns]
         if meta.transposed:
             shape[-2:] = shape[:-3:-1]
         # A view made in inference mode must be a normal tensor, as torch's own views of normal tensors are.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-                cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
+                cls, shape, dtype=dtype, device=qdata.device, requires_grad=requires_grad
             )
 
-    def __init__(self, tensors: Mapping[str, Tensor | None], meta: Meta, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor | None] | QuantizedTensor,
+        meta: Meta | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        requires_grad: bool = False,
+    ) -> None:
+        if isinstance(tensors, QuantizedTensor):
+            self._read_only, self._whole, self._is_param = tensors._read_only, tensors._whole, True
+            tensors, meta, _ = tensors._arguments()
+        assert meta is not None
         for field in self.fields:
             setattr(self, field.name, tensors.get(field.name))
         self.meta = meta
+
+    def _arguments(self) -> tuple[dict[str, Tensor], Meta, torch.dtype]:
+        """What makes this very weight again."""
+        return {field.name: tensor for field, tensor in self.parts()}, self.meta, self.dtype
 
     # --- the fields -----------------------------------------------------------------------------------
 
@@ -169,8 +197,7 @@ class QuantizedTensor(torch.Tensor):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        tensors = {field.name: tensor for field, tensor in self.parts()}
-        return _rebuild, (type(self), tensors, self.meta, self.dtype, getattr(self, "_is_param", False))
+        return _rebuild, (type(self), *self._arguments(), getattr(self, "_is_param", False))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         m = self.meta

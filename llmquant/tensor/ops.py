@@ -104,8 +104,13 @@ def product(x: Tensor, y: Tensor) -> Tensor:
         if isinstance(y, QuantizedTensor):
             return unsupported(aten.mm, x, y)
         return product(y.t(), x.t()).t()
-    assert isinstance(y, QuantizedTensor)
-    return linear_below(x, y.t())
+    return linear_below(x, _turned(y))
+
+
+def _turned(w: Tensor) -> QuantizedTensor:
+    turned = w.t()
+    assert isinstance(turned, QuantizedTensor)
+    return turned
 
 
 @dispatch(aten.embedding)
@@ -130,8 +135,7 @@ def _addmm(func: Any, bias: Tensor, x: Tensor, y: Tensor, *, beta: float = 1, al
     if isinstance(bias, QuantizedTensor):
         return unsupported(func, bias, x, y)
     if not isinstance(x, QuantizedTensor) and beta == alpha == 1 and bias.dim() == 1:
-        assert isinstance(y, QuantizedTensor)
-        return linear_below(x, y.t(), bias)
+        return linear_below(x, _turned(y), bias)
     return beta * bias + alpha * product(x, y)
 
 
@@ -189,7 +193,7 @@ def _expand(func: Any, w: QuantizedTensor, shape: Any, **_: Any) -> QuantizedTen
 @dispatch(aten.view, aten._unsafe_view, aten._reshape_alias)
 def _view(func: Any, w: QuantizedTensor, shape: Any, *_: Any) -> QuantizedTensor:
     if isinstance(shape, torch.dtype):
-        return unsupported(f"{func} as {shape}", w)
+        return no_plain_memory(f"{func} as {shape}", w)
     known = [n for n in shape if n != -1]
     if -1 in shape:
         rest = 1
@@ -411,9 +415,20 @@ def _set_data(target: Tensor, source: Tensor) -> None:
     target._read_only = source._read_only
 
 
+def no_plain_memory(name: str, w: Tensor, *_: Any, **__: Any) -> Any:
+    """Refuses what takes a weight for an array in memory."""
+    assert isinstance(w, QuantizedTensor)
+    raise UnsupportedOpError(
+        f"{name} is not supported for {w.meta.format} weights",
+        where=repr(w),
+        hint="call .dequantize() first if a plain tensor is what you want; to offload weights with accelerate, keep "
+        "them in memory (cpu_offload): it writes plain arrays to disk only",
+    )
+
+
 # Torch would refuse the first three without a name, and hand out memory that is not there.
 for _name in ("numpy", "tolist", "item", "__array__", "__dlpack__"):
-    FUNCTIONS[getattr(Tensor, _name)] = partial(unsupported, _name)
+    FUNCTIONS[getattr(Tensor, _name)] = partial(no_plain_memory, _name)
 
 
 def _same_kind(a: Tensor, b: Tensor) -> bool:
