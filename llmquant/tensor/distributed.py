@@ -57,6 +57,16 @@ def _as_strided(func: Any, w: QuantizedTensor, size: Any, stride: Any, offset: i
     return slicing.take_slice(w, slicing.logical_axis(w, 0), 0, size[0])
 
 
+@dispatch(aten.constant_pad_nd)
+def _pad(func: Any, w: QuantizedTensor, *_: Any, **__: Any) -> QuantizedTensor:
+    """`distribute_tensor` pads parts to one size."""
+    raise UnsupportedOpError(
+        f"{func} is not supported for {w.meta.format} weights: parts of them must be of one size as they are",
+        where=repr(w),
+        hint="to cut this weight, choose a number of processes that divides the dimension; or leave it whole",
+    )
+
+
 @dispatch(torch.ops.c10d.scatter_, torch.ops.c10d.broadcast_)
 def _send(func: Any, outputs: list[QuantizedTensor], *args: Any) -> tuple[list[QuantizedTensor], Any]:
     """From one process to others, part by part."""

@@ -108,6 +108,14 @@ def in_memory(scheme: str) -> dict[str, Any]:
     return {"found": model(x), "wanted": wanted, "rows": model[0].weight.to_local().shape[0]}
 
 
+def cut_in_memory(rows: int, scheme: str, style: Any) -> dict[str, Any]:
+    model = mlp(rows, scheme)
+    before = model[2].weight
+    mesh = init_device_mesh("cpu", (processes.COUNT,))
+    error = refused(lambda: parallelize_module(model, mesh, {"2": style}))
+    return {"error": error, "unchanged": model[2].weight is before}
+
+
 def gathered(folder: Path) -> dict[str, Any]:
     """FSDP2 on every layer and what is left."""
     model = load(folder).requires_grad_(False)
@@ -142,6 +150,8 @@ def everything(root: Path) -> dict[str, Any]:
         "cut while saved": refused(lambda: tensor_parallel(root / "int4-g48")),
         "gathering": refused(lambda: load(plain, quantization_config=LlmQuantConfig("int4-g32"), **sharding_by_fsdp())),
         "in memory": {s: in_memory(s) for s in NEAR},
+        "through a scale": cut_in_memory(96, "int4-g64", RowwiseParallel()),
+        "uneven columns": cut_in_memory(67, "int8", RowwiseParallel()),
         "fsdp": {s: gathered(root / s) for s in NEAR},
         "uneven": {s: uneven(s) for s in ("int4-g32", "nvfp4", "int8-tensor")},
     }
@@ -239,6 +249,13 @@ def test_tensor_parallel_of_a_model_quantized_in_memory(scheme: str, brought: li
     assert first["rows"] == second["rows"] == 64
     assert torch.equal(first["found"], second["found"])
     assert distance(first["found"], first["wanted"]) < NEAR[scheme]
+
+
+@pytest.mark.parametrize(("way", "says"), [("through a scale", "multiple of 64"), ("uneven columns", "divides")])
+def test_what_cannot_be_cut_in_memory_stays_whole(way: str, says: str, brought: list[dict[str, Any]]) -> None:
+    for each in brought:
+        assert isinstance(each[way]["error"], UnsupportedOpError) and says in each[way]["error"].hint
+        assert each[way]["unchanged"]
 
 
 @every_scheme
