@@ -297,7 +297,7 @@ class QuantizedTensor(torch.Tensor):
     def fsdp_post_all_gather(
         self, gathered: tuple[Tensor, ...], context: None, dtype: torch.dtype, *, out: Tensor | None = None
     ) -> tuple[QuantizedTensor, tuple[Tensor, ...]] | None:
-        """The whole weight, with the padding of its last shard, as views of what was gathered.
+        """The whole weight as views of what was gathered, with the padding of its last shard, which FSDP2 cuts off.
 
         `out` is what an earlier call gave, whose memory holds the new parts already.
         """
@@ -306,11 +306,9 @@ class QuantizedTensor(torch.Tensor):
             return None
         meta = self._whole or self.meta
         tensors = {field.name: tensor for (field, _), tensor in zip(self.parts(), gathered, strict=True)}
-        if self.dim() == 2:
-            rows = tensors["qdata"].shape[0]
-            for field, _ in self.parts():  # all shards bring the scale that they share
-                if field.per == "matrix" or (field.per == "block" and meta.block[0] >= rows > 1):
-                    tensors[field.name] = tensors[field.name][:1]
+        for field, _ in self.parts():
+            if field.per == "matrix" and self.dim() == 2:
+                tensors[field.name] = tensors[field.name][:1]  # all shards bring the one that they share
         return type(self)(tensors, meta, dtype), gathered
 
     # --- dispatch -------------------------------------------------------------------------------------

@@ -477,6 +477,7 @@ COPIES: dict[str, Operation] = {
     "ones_like": Operation(lambda t, at: torch.ones_like(t), refused=always),
     "rand_like": Operation(lambda t, at: torch.rand_like(t), refused=always),
     "new_empty": Operation(lambda t, at: t.new_empty(0, 2), refused=always),
+    "pad": Operation(lambda t, at: F.pad(t, (0, 1)), refused=always, named="constant_pad_nd"),
     "new_zeros": Operation(lambda t, at: t.new_zeros(2, 2), refused=always),
     "new_zeros of its shape": Operation(lambda t, at: t.new_zeros(t.shape)),
     "new_zeros of half": Operation(
