@@ -6,7 +6,7 @@ import torch
 
 from llmquant.formats import Format
 from llmquant.primitives.dynamic import Activation
-from llmquant.tensor import ops as _ops  # noqa: F401  (fills the dispatch tables)
+from llmquant.tensor import distributed as _distributed  # noqa: F401  (fills the dispatch tables, as does `ops`)
 from llmquant.tensor.affine import AffineTensor, Int4Tensor, Int8Tensor, IntxTensor
 from llmquant.tensor.base import Meta, QuantizedTensor, _rebuild
 from llmquant.tensor.scaled import Float8Tensor, MXTensor, NF4Tensor, NVFP4Tensor, ScaledTensor

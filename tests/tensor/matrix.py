@@ -418,6 +418,8 @@ PICKS: dict[str, Operation] = {
     "flip": Operation(lambda t, at: t.flip(0), refused=always),
     "diagonal": Operation(lambda t, at: t.diagonal(0, -2, -1), refused=always),
     "as_strided": Operation(lambda t, at: t.as_strided((2, 2), (1, 1)), refused=always),
+    "as_strided as it is": Operation(lambda t, at: t.as_strided(t.shape, t.stride())),
+    "as_strided of the first": Operation(lambda t, at: t.as_strided((t.shape[0] - 1, *t.shape[1:]), t.stride())),
     "tril": Operation(lambda t, at: t.tril(), refused=always),
     "sort": Operation(lambda t, at: t.sort(), refused=always),
 }
@@ -480,7 +482,13 @@ COPIES: dict[str, Operation] = {
     "ones_like": Operation(lambda t, at: torch.ones_like(t), refused=always),
     "rand_like": Operation(lambda t, at: torch.rand_like(t), refused=always),
     "new_empty": Operation(lambda t, at: t.new_empty(0, 2), refused=always),
+    "pad": Operation(lambda t, at: F.pad(t, (0, 1)), refused=always, named="constant_pad_nd"),
     "new_zeros": Operation(lambda t, at: t.new_zeros(2, 2), refused=always),
+    "new_zeros of its shape": Operation(lambda t, at: t.new_zeros(t.shape)),
+    "new_zeros of half": Operation(
+        lambda t, at: t.new_zeros((t.shape[0] // 2, *t.shape[1:])),
+        refused=lambda at: transposed(at) and matrices(at),
+    ),
 }
 
 
