@@ -18,6 +18,7 @@ from llmquant.config.fqn import FqnToConfig, Resolution, resolve
 from llmquant.config.recipe import to_config
 from llmquant.errors import AlreadyQuantizedError, BadWeightError, NothingToQuantizeError
 from llmquant.packing.bits import pack
+from llmquant.primitives.blockfloat import tensor_scale
 from llmquant.primitives.blocks import block_counts, to_blocks
 from llmquant.primitives.spec import QParams, QuantSpec, storage_dtype
 from llmquant.tensor import Meta, QuantizedTensor, tensor_class
@@ -290,7 +291,7 @@ def _quantize_matrix(
     """Fills the inner tensors of one [out, in] matrix, some rows at a time."""
     rows, columns = matrix.shape
     if spec.format.tensor_scale:
-        into["tensor_scale"].fill_(_tensor_scale(matrix, spec))
+        into["tensor_scale"].fill_(tensor_scale(torch.stack(torch.aminmax(matrix)).float().abs().amax(), spec))
     tall = spec.block[0]
     shared = _shared_qparams(matrix, algorithm, spec) if tall > 1 and spec.block == (rows, columns) else None
     allowed = matrix.numel() * matrix.element_size() // (2 * _BYTES_AN_ELEMENT)  # half of the weight
@@ -310,13 +311,6 @@ def _quantize_matrix(
         into["qdata"][start : start + step] = pack(codes, spec.format.bits)
     if shared is not None:
         _store(shared, spec, into, slice(None))
-
-
-def _tensor_scale(matrix: Tensor, spec: QuantSpec) -> Tensor:
-    """The scale of the whole matrix with which its largest block gets the largest block scale; never zero."""
-    largest = torch.stack(torch.aminmax(matrix)).float().abs().amax()
-    reach = torch.finfo(spec.scale_dtype).max * spec.format.numerics.largest_scaled(spec.format)
-    return (largest / reach).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _store(qparams: QParams, spec: QuantSpec, into: dict[str, Tensor], blocks: slice) -> None:
