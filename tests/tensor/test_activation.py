@@ -34,6 +34,7 @@ ALONG_COLUMNS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "vectors @ w.t()": lambda x, b, w: torch.stack([token @ w.t() for token in x]) + b,
     "addmm": lambda x, b, w: torch.addmm(b, x, w.t()),
     "w @ x": lambda x, b, w: (w @ x.t()).t() + b,
+    "einsum": lambda x, b, w: torch.einsum("nk,bk->bn", w, x) + b,
     "rows": lambda x, b, w: torch.cat([F.linear(x, w[:2]), F.linear(x, w[2:])], -1) + b,
     "joined rows": lambda x, b, w: F.linear(x, torch.cat([w[:2], w[2:]]), b),
     "picked rows": lambda x, b, w: F.linear(x, w[torch.arange(ROWS)], b),
@@ -84,6 +85,9 @@ def test_experts_quantize_their_input(case: Case) -> None:
     weight, x = quantized(case, LAYOUTS[2]), torch.randn(3, 4, COLUMNS)
     wanted = torch.stack([rounded_product(x[i], weight[i]) for i in range(3)])
     torch.testing.assert_close(torch.bmm(x, weight.mT), wanted)
+    sorted_tokens, ends = x.flatten(0, 1), torch.tensor([4, 8, 12], dtype=torch.int32)
+    torch.testing.assert_close(torch._grouped_mm(sorted_tokens, weight.mT, ends), wanted.flatten(0, 1))
+    torch.testing.assert_close(torch.einsum("etk,enk->etn", x, weight), wanted)
     torch.testing.assert_close(F.linear(x[1], weight[1]), wanted[1])
 
 
