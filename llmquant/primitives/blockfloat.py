@@ -99,9 +99,9 @@ def _scaled(rows: Tensor, spec: QuantSpec, scales: Tensor | None) -> tuple[Tenso
     """Blocks [T, G, n] float32 under the scale of their row, and their own scales [T, G] as stored."""
     wide = rows.float() if scales is None else rows.float() / scales
     groups = to_blocks(wide, spec.block)
-    even = groups.new_ones(()).expand_as(groups)
-    scale = spec.format.numerics.choose_qparams(groups, even, spec).scale
-    scale.view(torch.uint8).masked_fill_(~groups.isfinite().all(-1), _NAN)
+    largest = groups.abs().amax(-1, keepdim=True)  # which is all that the rules look at
+    scale = spec.format.numerics.choose_qparams(largest, largest, spec).scale
+    scale.view(torch.uint8).masked_fill_(~largest.squeeze(-1).isfinite(), _NAN)
     return groups, scale
 
 
