@@ -49,8 +49,13 @@ _CHUNK_ELEMENTS = 2**16  # whose temporaries stay in a core's cache
 
 
 def block_floats() -> tuple[str, ...]:
-    """The formats whose blocks activations can be quantized to: small floats in groups of one size."""
-    return tuple(name for name, row in FORMATS.items() if row.element in MINIFLOATS and row.fixed_group)
+    """The formats whose blocks activations can be quantized to."""
+    return tuple(name for name, row in FORMATS.items() if _has_blocks(row))
+
+
+def _has_blocks(row: Format) -> bool:
+    """Whether codes are small floats in groups of one size."""
+    return row.fixed_group and row.element in MINIFLOATS
 
 
 def activation_dtypes() -> tuple[str, ...]:
@@ -100,7 +105,7 @@ class Activation:
         self._check_blocks()
 
     def _check_blocks(self) -> None:
-        """Raises where block floats cannot have such a group, or the dtype no such scale rule."""
+        """Fills in the scale rule. Raises where block floats have no such group, or the dtype has no such rule."""
         row, rules = self.blocks, self.blocks.scale_rules if self.blocks else ()
         object.__setattr__(self, "scale_rule", self.scale_rule or "".join(rules[:1]))
         if self.scale_rule and self.scale_rule not in rules:
@@ -147,7 +152,8 @@ class Activation:
     @property
     def blocks(self) -> Format | None:
         """The format of block floats that codes are in; None for int8 and float8."""
-        return FORMATS[self.dtype] if self.dtype in block_floats() else None
+        row = FORMATS.get(self.dtype)  # int8 is there, too, as a format of weights
+        return row if row is not None and _has_blocks(row) else None
 
     @property
     def scheme(self) -> str:
@@ -167,13 +173,8 @@ class Activation:
     def from_dict(cls, values: Any) -> Activation:
         """Reads what `to_dict` gives. Raises `ConfigError` for anything else."""
         fields = {"dtype": str, "group": int, "asymmetric": bool}
-        known = (
-            isinstance(values, Mapping)
-            and {"scale_rule": str, **{key: type(value) for key, value in values.items()}}
-            == fields | {"scale_rule": str}
-            and values["dtype"] in activation_dtypes()
-        )
-        if not known:
+        found = {key: type(value) for key, value in values.items()} if isinstance(values, Mapping) else {}
+        if found not in (fields, fields | {"scale_rule": str}) or values["dtype"] not in activation_dtypes():
             raise ConfigError(f"cannot read the activation {values!r}", hint=f"for instance {cls(32).to_dict()}")
         return cls(**values)
 
