@@ -37,8 +37,10 @@ if TYPE_CHECKING:
     from llmquant.config.named import Int8DynamicActivationIntxWeightConfig as Int8DynamicActivationIntxWeightConfig
     from llmquant.config.named import Int8WeightOnlyConfig as Int8WeightOnlyConfig
     from llmquant.config.named import IntxWeightOnlyConfig as IntxWeightOnlyConfig
+    from llmquant.config.named import MXDynamicActivationMXWeightConfig as MXDynamicActivationMXWeightConfig
     from llmquant.config.named import MXWeightOnlyConfig as MXWeightOnlyConfig
     from llmquant.config.named import NF4WeightOnlyConfig as NF4WeightOnlyConfig
+    from llmquant.config.named import NVFP4DynamicActivationNVFP4WeightConfig as NVFP4DynamicActivationNVFP4WeightConfig
     from llmquant.config.named import NVFP4WeightOnlyConfig as NVFP4WeightOnlyConfig
     from llmquant.config.recipe import list_recipes as list_recipes
     from llmquant.config.recipe import load_recipe as load_recipe
@@ -79,8 +81,10 @@ _PUBLIC = {
         "Int8DynamicActivationIntxWeightConfig",
         "Int8WeightOnlyConfig",
         "IntxWeightOnlyConfig",
+        "MXDynamicActivationMXWeightConfig",
         "MXWeightOnlyConfig",
         "NF4WeightOnlyConfig",
+        "NVFP4DynamicActivationNVFP4WeightConfig",
         "NVFP4WeightOnlyConfig",
     ],
     "llmquant.config.recipe": ["list_recipes", "load_recipe"],

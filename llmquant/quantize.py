@@ -18,6 +18,7 @@ from llmquant.config.fqn import FqnToConfig, Resolution, resolve
 from llmquant.config.recipe import to_config
 from llmquant.errors import AlreadyQuantizedError, BadWeightError, NothingToQuantizeError
 from llmquant.packing.bits import pack
+from llmquant.primitives.blockfloat import reach, tensor_scale
 from llmquant.primitives.blocks import block_counts, to_blocks
 from llmquant.primitives.spec import QParams, QuantSpec, storage_dtype
 from llmquant.tensor import Meta, QuantizedTensor, tensor_class
@@ -292,8 +293,7 @@ def _quantize_matrix(
     """Fills the inner tensors of one [out, in] matrix, some rows at a time."""
     rows, columns = matrix.shape
     if spec.format.tensor_scale:
-        largest = torch.stack(torch.aminmax(matrix)).float().abs().amax()
-        into["tensor_scale"].fill_(_outer_scale(largest, spec))
+        into["tensor_scale"].fill_(tensor_scale(torch.stack(torch.aminmax(matrix)).float().abs().amax(), spec))
     tall = spec.block[0]
     shared = _shared_qparams(matrix, algorithm, spec) if tall > 1 and spec.block == (rows, columns) else None
     allowed = matrix.numel() * matrix.element_size() // (2 * _BYTES_AN_ELEMENT)  # half of the weight
@@ -306,7 +306,7 @@ def _quantize_matrix(
             part = part / into["tensor_scale"]
         if spec.format.row_scale:
             outer = into["row_scale"][start : start + step]
-            part = part / outer.copy_(_outer_scale(part.abs().amax(-1, keepdim=True), spec))
+            part = part / outer.copy_(tensor_scale(part.abs().amax(-1, keepdim=True), spec))
         if shared is None:
             codes, qparams = algorithm(part, _importance(part, stats), spec)
             _store(qparams, spec, into, slice(start // tall, (start + step) // tall))
@@ -316,17 +316,6 @@ def _quantize_matrix(
         into["qdata"][start : start + step] = spec.format.packing.pack(codes, spec.format.bits)
     if shared is not None:
         _store(shared, spec, into, slice(None))
-
-
-def _outer_scale(largest: Tensor, spec: QuantSpec) -> Tensor:
-    """The scale of a row or matrix with which the block of its largest element gets the largest scale; never zero."""
-    return (largest / _reach(spec)).clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def _reach(spec: QuantSpec) -> float:
-    """The largest magnitude under the largest scale that can be stored."""
-    limits = torch.finfo if spec.scale_dtype.is_floating_point else torch.iinfo
-    return limits(spec.scale_dtype).max * spec.format.numerics.largest_scaled(spec.format)
 
 
 def _store(qparams: QParams, spec: QuantSpec, into: dict[str, Tensor], blocks: slice) -> None:
@@ -365,8 +354,7 @@ def _check_range(largest: float, weight: Tensor, config: QuantConfig, fqn: str |
     spec = config.spec(*weight.shape[-2:])
     if spec.format.tensor_scale or spec.format.row_scale:
         return  # which reaches as far as float32
-    reach = _reach(spec)
-    if largest > reach:
+    if largest > reach(spec):
         name = str(spec.scale_dtype).removeprefix("torch.")
         raise BadWeightError(
             f"values up to {largest:.3g} need a scale that {name} cannot hold", where=fqn, hint="scale_dtype=float32"

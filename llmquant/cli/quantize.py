@@ -52,7 +52,8 @@ def quantize(
     `-tensor` (float8 also `-b<size>`: square blocks), then `-sym` or `-asym`. For instance `int4-g64-asym`. In front
     of that, `a8-` quantizes the inputs of products to int8 too (`a8-int4-g32`); `a8` may be followed by `-g<size>` or
     `-token`, then `-sym` or `-asym`. `f8-` makes inputs float8 (`f8-float8`); it may be followed by `-g<size>`,
-    `-token` or `-tensor`.
+    `-token` or `-tensor`. The prototypes `mxfp8`, `mxfp4`, `nvfp4` and their like are formats, and in front of one
+    they say it of inputs (`mxfp8-mxfp8`, `nvfp4-nvfp4`).
 
     Examples:
 

@@ -25,7 +25,7 @@ LIBRARY.define(f"linear(Tensor x, {_PACKED}, Tensor? bias=None) -> Tensor")
 LIBRARY.define(
     f"linear_int8(Tensor x, {_PACKED}, int activation_group, bool activation_asymmetric, Tensor? bias=None) -> Tensor"
 )
-LIBRARY.define("fake_quantize(Tensor x, int group, bool asymmetric, str dtype) -> Tensor")
+LIBRARY.define('fake_quantize(Tensor x, int group, bool asymmetric, str dtype, str scale_rule="") -> Tensor')
 LIBRARY.define(f"matmul(Tensor x, {_PACKED}) -> Tensor")
 LIBRARY.define(f"embedding(Tensor indices, {_PACKED}, ScalarType dtype) -> Tensor")
 
@@ -58,7 +58,9 @@ def fake_quantize(x: Tensor, activation: Activation) -> Tensor:
     """x [..., K] -> what its codes stand for, in x's dtype (see `primitives.dynamic`); its gradient is theirs."""
     if _nobody_watches(x):
         return _fake_quantize(x, activation)
-    return torch.ops.llmquant.fake_quantize(x, activation.group, activation.asymmetric, activation.dtype)
+    return torch.ops.llmquant.fake_quantize(
+        x, activation.group, activation.asymmetric, activation.dtype, activation.scale_rule
+    )
 
 
 def matmul(x: Tensor, weight: Packed) -> Tensor:
@@ -236,7 +238,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return grad, None, None, None
+    return grad, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-"""Activations as int8 or float8 codes, made anew for every input. This rule is what every kernel has to reproduce.
+"""Activations as int8, float8 or block float codes, made anew for every input. Every kernel has to follow this rule.
 
 Along a token, `group` neighbours share a scale; the last group may be shorter. All arithmetic is float32:
 
@@ -8,38 +8,67 @@ Along a token, `group` neighbours share a scale; the last group may be shorter. 
   x ~ (code - zero point) * scale;
 * float8 (e4m3fn): scale = max|x| / 448, code = the float8 number nearest to x / scale clamped to -448..448,
   x ~ code * scale. All tokens of an input may share the scale, too: then a token's codes depend on its neighbours.
+* MX and NVFP4: the formats of that name, rounded plainly by the rule of `primitives.blockfloat`; the float32 scale of
+  NVFP4 is that of a token, or of all tokens.
 
 Divisions are divisions, not products with an inverse; rounding is half to even. Where the scale is 0 (zeros, or
 numbers so small that it underflows) the divisor is 1. A group that holds NaN or infinity, or whose range overflows,
 gets the scale NaN with codes and zero point 0: every product with it is NaN, never a number that looks right.
 
-Products with int8 codes are sums of integers, scaled afterwards. Products with float8 codes are those of what the codes
+Products with int8 codes are sums of integers, scaled afterwards. Products with other codes are those of what the codes
 stand for, rounded once to the input's own dtype (`fake_quantize`), with the weights as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmquant.errors import ConfigError
+from llmquant.formats import FORMATS, Format
+from llmquant.primitives import blockfloat
 from llmquant.primitives.blocks import block_counts, from_blocks, to_blocks
 from llmquant.primitives.granularity import Granularity, MappingType, PerTensor, PerToken, PerTokenGroup
-from llmquant.primitives.lowfloat import round_to_e4m3_
+from llmquant.primitives.lowfloat import round_to_
+from llmquant.primitives.minifloat import MINIFLOATS
+from llmquant.primitives.spec import QuantSpec
 
 DEFAULT_GROUP = 32
 INT8, FLOAT8 = "int8", "float8_e4m3fn"
-"""The dtypes of codes, by torch's names."""
+"""Dtypes of codes, by torch's names. Those of block floats go by the names of their formats."""
 ALL_TOKENS = -1
 """The group that is the whole input: one scale for all of its tokens."""
 _PREFIXES = {INT8: "a8", FLOAT8: "f8"}
-_DEFAULT_GROUPS = {INT8: DEFAULT_GROUP, FLOAT8: 0}
 _LARGEST_GROUP = 2**31 - 1  # what native code can count with
 _CHUNK_ELEMENTS = 2**16  # whose temporaries stay in a core's cache
+
+
+def block_floats() -> tuple[str, ...]:
+    """The formats whose blocks activations can be quantized to."""
+    return tuple(name for name, row in FORMATS.items() if _has_blocks(row))
+
+
+def _has_blocks(row: Format) -> bool:
+    """Whether codes are small floats in groups of one size."""
+    return row.fixed_group and row.element in MINIFLOATS
+
+
+def activation_dtypes() -> tuple[str, ...]:
+    """All that activations can be quantized to."""
+    return (*_PREFIXES, *block_floats())
+
+
+def _default_group(dtype: str) -> int:
+    """What shares a scale unless it is said: int8 has groups, float8 tokens, NVFP4 one float32 scale an input."""
+    if dtype in _PREFIXES:
+        return DEFAULT_GROUP if dtype == INT8 else 0
+    row = FORMATS[dtype]
+    return ALL_TOKENS if row.tensor_scale else row.group_size or 0
 
 
 @dataclass(frozen=True)
@@ -48,69 +77,104 @@ class Activation:
 
     Attributes:
         group: neighbours of a token that share a scale; 0 means the whole token, `ALL_TOKENS` (float8 only) all of
-            them.
+            them. MX has groups of 32 only; of NVFP4 it says what shares the float32 scale, 0 or `ALL_TOKENS`.
         asymmetric: whether groups have zero points (int8 only).
-        dtype: of the codes, `int8` or `float8_e4m3fn`.
+        dtype: of the codes, `int8` or `float8_e4m3fn`, or a format of block floats (`mxfp8`, `nvfp4`, ...).
+        scale_rule: of MX, how a scale follows from the largest magnitude; `floor` unless it is given.
 
     Raises:
-        ConfigError: for another dtype, for a group that is negative or too large to count with, and for zero points
-            or a scale for all tokens where the dtype has none.
+        ConfigError: for another dtype, for a group that is negative or too large to count with, and for zero points,
+            a rule or a scale for all tokens where the dtype has none.
     """
 
     group: int
     asymmetric: bool = False
     dtype: str = INT8
+    scale_rule: str = ""
 
     def __post_init__(self) -> None:
-        if self.dtype not in _PREFIXES:
-            raise ConfigError(f"activations cannot be quantized to {self.dtype!r}", hint=" or ".join(_PREFIXES))
+        if self.dtype not in activation_dtypes():
+            known = " or ".join(activation_dtypes())
+            raise ConfigError(f"activations cannot be quantized to {self.dtype!r}", hint=known)
         if self.dtype == INT8 and self.group == ALL_TOKENS:
             raise ConfigError(f"int8 activations have no scale for all tokens (group {self.group})", hint="PerToken()")
         if not ALL_TOKENS <= self.group <= _LARGEST_GROUP:
             raise ConfigError(f"activations cannot be quantized in groups of {self.group}", hint="for instance 32")
-        if self.dtype == FLOAT8 and self.asymmetric:
-            raise ConfigError("float8 activations are symmetric only", hint="leave asym out")
+        if self.dtype != INT8 and self.asymmetric:
+            raise ConfigError(f"{self.dtype} activations are symmetric only", hint="leave asym out")
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        """Fills in the scale rule. Raises where block floats have no such group, or the dtype has no such rule."""
+        row, rules = self.blocks, self.blocks.scale_rules if self.blocks else ()
+        object.__setattr__(self, "scale_rule", self.scale_rule or "".join(rules[:1]))
+        if self.scale_rule and self.scale_rule not in rules:
+            known = f"one of {', '.join(rules)}" if rules else "leave it out"
+            raise ConfigError(f"{self.dtype} activations have no scale rule {self.scale_rule!r}", hint=known)
+        if row is not None and row.tensor_scale and self.group not in (0, ALL_TOKENS):
+            raise ConfigError(
+                f"{row.name} activations have blocks of {row.group_size} only; what shares their float32 scale is a "
+                f"token or the input, not {self.group} neighbours",
+                hint="PerToken() or PerTensor()",
+            )
+        if row is not None and not row.tensor_scale and self.group != row.group_size:
+            raise ConfigError(
+                f"{row.name} activations have groups of {row.group_size} only", hint=f"PerTokenGroup({row.group_size})"
+            )
 
     @classmethod
     def of(
-        cls, granularity: Granularity, mapping_type: MappingType = MappingType.SYMMETRIC, dtype: str = INT8
+        cls,
+        granularity: Granularity,
+        mapping_type: MappingType = MappingType.SYMMETRIC,
+        dtype: str = INT8,
+        scale_rule: str = "",
     ) -> Activation:
         """The same in the words of a config. Raises `ConfigError` for what activations cannot have."""
         asymmetric = mapping_type is MappingType.ASYMMETRIC
         match granularity:
             case PerToken():
-                return cls(0, asymmetric, dtype)
+                return cls(0, asymmetric, dtype, scale_rule)
             case PerTokenGroup(group_size):
-                return cls(group_size, asymmetric, dtype)
+                return cls(group_size, asymmetric, dtype, scale_rule)
             case PerTensor():
-                return cls(ALL_TOKENS, asymmetric, dtype)
+                return cls(ALL_TOKENS, asymmetric, dtype, scale_rule)
         raise ConfigError(
             f"activations cannot be quantized {granularity}",
-            hint="PerToken(), PerTokenGroup(group_size), or PerTensor() in float8",
+            hint="PerToken(), PerTokenGroup(group_size), or PerTensor() in float8 and nvfp4",
         )
+
+    @classmethod
+    def default(cls, dtype: str, scale_rule: str = "") -> Activation:
+        """What the prefix of a scheme means that says no more: `a8`, `f8`, `mxfp8`, `nvfp4`."""
+        return cls(_default_group(dtype), dtype=dtype, scale_rule=scale_rule)
+
+    @property
+    def blocks(self) -> Format | None:
+        """The format of block floats that codes are in; None for int8 and float8."""
+        row = FORMATS.get(self.dtype)  # int8 is there, too, as a format of weights
+        return row if row is not None and _has_blocks(row) else None
 
     @property
     def scheme(self) -> str:
-        """What goes before the scheme of a weight: `a8`, `a8-g64`, `a8-token-asym`, `f8`, `f8-g128`, `f8-tensor`."""
+        """What goes before the scheme of a weight: `a8`, `a8-g64`, `a8-token-asym`, `f8`, `f8-tensor`, `mxfp8-even`."""
         names = {0: "-token", ALL_TOKENS: "-tensor"}
         group = names.get(self.group, f"-g{self.group}")
-        said = "" if self.group == _DEFAULT_GROUPS[self.dtype] else group
-        return _PREFIXES[self.dtype] + said + ("-asym" if self.asymmetric else "")
+        said = "" if self.group == _default_group(self.dtype) else group
+        usual = not self.scale_rule or self == Activation.default(self.dtype)
+        rule = "" if usual else f"-{self.scale_rule}"
+        return _PREFIXES.get(self.dtype, self.dtype) + said + rule + ("-asym" if self.asymmetric else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON: the inverse of `from_dict`."""
-        return asdict(self)
+        """Plain JSON: the inverse of `from_dict`. A scale rule is named only where there is one."""
+        return {key: value for key, value in asdict(self).items() if key != "scale_rule" or value}
 
     @classmethod
     def from_dict(cls, values: Any) -> Activation:
         """Reads what `to_dict` gives. Raises `ConfigError` for anything else."""
         fields = {"dtype": str, "group": int, "asymmetric": bool}
-        known = (
-            isinstance(values, Mapping)
-            and {key: type(value) for key, value in values.items()} == fields
-            and values["dtype"] in _PREFIXES
-        )
-        if not known:
+        found = {key: type(value) for key, value in values.items()} if isinstance(values, Mapping) else {}
+        if found not in (fields, fields | {"scale_rule": str}) or values["dtype"] not in activation_dtypes():
             raise ConfigError(f"cannot read the activation {values!r}", hint=f"for instance {cls(32).to_dict()}")
         return cls(**values)
 
@@ -122,25 +186,34 @@ class Activation:
         return max(min(self.group if self.group > 0 else columns, columns), 1)
 
     def tokens(self, shape: torch.Size) -> tuple[int, int]:
-        """Tokens in an input of that shape, and the elements of each; all of it is one where all share a scale."""
-        return (1, shape.numel()) if self.group == ALL_TOKENS else (shape[:-1].numel(), shape[-1])
+        """Tokens in an input of that shape, and the elements of each; all of it is one where all share a scale.
+
+        Tokens in block floats stay apart: their blocks do, whatever shares a second scale.
+        """
+        one = self.group == ALL_TOKENS and self.blocks is None
+        return (1, shape.numel()) if one else (shape[:-1].numel(), shape[-1])
 
 
 class DynamicCodes(NamedTuple):
     """An activation in codes.
 
-    codes: int8 or float8 [..., K].
-    scale: float32 [..., G], G = ceil(K / group); [1, ..., 1] where all tokens share it.
+    codes: int8 or float8 [..., K]; of block floats uint8, one a byte.
+    scale: float32 [..., G], G = ceil(K / group); [1, ..., 1] where all tokens share it. Of block floats in the dtype of
+        the format, one a block.
     zero_point: int8 [..., G], or None where codes are symmetric.
+    tensor_scale: float32 [..., 1], or [1, ..., 1] where all tokens share it, by which scales are multiplied; or None.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None = None
+    tensor_scale: Tensor | None = None
 
 
 def quantize_activation(x: Tensor, activation: Activation) -> DynamicCodes:
     """x float [..., K] -> codes, by the rule of this module."""
+    if activation.blocks is not None:
+        return _quantize_blocks(x, activation)
     tokens, columns = activation.tokens(x.shape)
     block = (1, activation.width(columns))
     groups = to_blocks(x.reshape(tokens, columns).float(), block)  # [T, G, n], padded with zeros
@@ -165,6 +238,8 @@ def quantize_activation(x: Tensor, activation: Activation) -> DynamicCodes:
 
 def dequantize_activation(quantized: DynamicCodes, activation: Activation) -> Tensor:
     """Codes -> what they stand for, float32 [..., K]."""
+    if activation.blocks is not None:
+        return _dequantize_blocks(quantized, activation)
     shape = quantized.codes.shape
     tokens, columns = activation.tokens(shape)
     block = (1, activation.width(columns))
@@ -178,11 +253,51 @@ def fake_quantize(x: Tensor, activation: Activation) -> Tensor:
     tokens, columns = activation.tokens(x.shape)
     rows = x.reshape(tokens, columns)
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    fake = _faker(rows, activation)
     # Some tokens at a time, so that what lies between x and the result does not leave the cache.
     step = max(_CHUNK_ELEMENTS // max(columns, 1), 1)
     for start in range(0, tokens, step):
-        out[start : start + step] = _fake_quantize(rows[start : start + step], activation)
+        out[start : start + step] = fake(rows[start : start + step])
     return out.reshape(x.shape)
+
+
+def _faker(rows: Tensor, activation: Activation) -> Callable[[Tensor], Tensor]:
+    """What rounds some of these rows, [T, K] -> float32 [T, K]."""
+    if activation.blocks is None:
+        return partial(_fake_quantize, activation=activation)
+    spec, shared = _block_rule(rows, activation)
+    return partial(blockfloat.fake_quantize_rows, spec=spec, shared=shared)
+
+
+def _block_rule(rows: Tensor, activation: Activation) -> tuple[QuantSpec, Tensor | None]:
+    """What block floats mean for rows [T, K], and the float32 scale of them all where they share one."""
+    assert activation.blocks is not None
+    spec = blockfloat.block_spec(activation.blocks, activation.scale_rule, rows.shape[1])
+    return spec, blockfloat.tensor_scales(rows, spec, together=True) if activation.group == ALL_TOKENS else None
+
+
+def _quantize_blocks(x: Tensor, activation: Activation) -> DynamicCodes:
+    rows = x.reshape(activation.tokens(x.shape))
+    codes, scale, tensor_scale = blockfloat.quantize_rows(rows, *_block_rule(rows, activation))
+    leading = (1,) * (x.dim() - 1) if activation.group == ALL_TOKENS else x.shape[:-1]
+    return DynamicCodes(
+        codes.reshape(x.shape),
+        scale.reshape(*x.shape[:-1], scale.shape[-1]),
+        tensor_scale=None if tensor_scale is None else tensor_scale.reshape(*leading, 1),
+    )
+
+
+def _dequantize_blocks(quantized: DynamicCodes, activation: Activation) -> Tensor:
+    codes, scale, _, tensor_scale = quantized
+    tokens, columns = activation.tokens(codes.shape)
+    assert activation.blocks is not None
+    rows = blockfloat.BlockCodes(
+        codes.reshape(tokens, columns),
+        scale.reshape(tokens, scale.shape[-1]),
+        None if tensor_scale is None else tensor_scale.reshape(-1, 1),
+    )
+    spec = blockfloat.block_spec(activation.blocks, activation.scale_rule, columns)
+    return blockfloat.dequantize_rows(rows, spec).reshape(codes.shape)
 
 
 def _fake_quantize(rows: Tensor, activation: Activation) -> Tensor:
@@ -193,7 +308,7 @@ def _fake_quantize(rows: Tensor, activation: Activation) -> Tensor:
     groups = to_blocks(rows.float(), block)
     _, high, levels, limits = _range(groups, activation)
     scale, divisor = _scales(high, levels)
-    numbers = round_to_e4m3_((groups / divisor.unsqueeze(-1)).clamp_(*limits))
+    numbers = round_to_((groups / divisor.unsqueeze(-1)).clamp_(*limits), MINIFLOATS["e4m3fn"])
     return from_blocks(numbers.mul_(scale.unsqueeze(-1)), rows.shape[0], rows.shape[1], block)
 
 

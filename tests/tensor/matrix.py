@@ -192,6 +192,16 @@ def folds_experts(at: At) -> bool:
     return experts(at) and (transposed(at) or at.one_matrix_scale)
 
 
+ENDS = torch.tensor([1, 1, 6], dtype=torch.int32)  # of seven tokens: one, none, five, and one that no expert takes
+
+
+def _token_by_token(w: QuantizedTensor, at: At) -> Tensor:
+    """What `_grouped_mm` of torch gives, which wants other sizes, and leaves the last row as it was."""
+    x, plain = given(w, 7, w.shape[-2]).float(), w.dequantize(torch.float32)
+    rows = [x[i] @ plain[e] for i, e in enumerate((0, 2, 2, 2, 2, 2))]
+    return torch.stack([*rows, torch.zeros_like(rows[0])]).to(w.dtype)
+
+
 PRODUCTS: dict[str, Operation] = {
     "linear": _product(lambda t, at: F.linear(given(t, 3, t.shape[-1]), t), on=matrices),
     "linear with bias": _product(lambda t, at: F.linear(given(t, 2, 3, t.shape[-1]), t, given(t, len(t))), on=matrices),
@@ -243,17 +253,33 @@ PRODUCTS: dict[str, Operation] = {
         lambda t, at: torch.baddbmm(given(t, EXPERTS, 1, t.shape[-1]), given(t, EXPERTS, 3, t.shape[-2]), t, alpha=0.5),
         on=experts,
     ),
-    "einsum": _product(
-        lambda t, at: torch.einsum("bk,nk->bn", given(t, 3, t.shape[-1]), t),
-        on=matrices,
-        refused=always,
-        named="einsum|permute|unsqueeze|squeeze|view",
+    "einsum": _product(lambda t, at: torch.einsum("bk,nk->bn", given(t, 3, t.shape[-1]), t), on=matrices),
+    "einsum in another order": _product(
+        lambda t, at: torch.einsum("nk, akb -> bna", [t, given(t, 2, t.shape[-1], 3)]), on=matrices
     ),
+    "einsum along the rows": _product(
+        lambda t, at: torch.einsum("...n,nk->...k", given(t, 2, 3, len(t)), t), on=matrices
+    ),
+    "einsum of experts": _product(
+        lambda t, at: torch.einsum("bek,enk->nbe", given(t, 2, EXPERTS, t.shape[-1]), t), on=experts
+    ),
+    "einsum of no experts": _product(
+        lambda t, at: torch.einsum("bek,enk->nbe", given(t, 2, 0, t.shape[-1]), t[:0]), on=experts
+    ),
+    "einsum of all experts": _product(
+        lambda t, at: torch.einsum("bk,enk->ben", given(t, 2, t.shape[-1]), t), on=experts, refused=always
+    ),
+    "einsum of two": _product(lambda t, at: torch.einsum("...nk,...mk->...nm", t, t), refused=always),
     "_grouped_mm": _product(
-        lambda t, at: torch._grouped_mm(given(t, 6, t.shape[-2]), t, torch.tensor([1, 3, 6], dtype=torch.int32)),
+        lambda t, at: torch._grouped_mm(given(t, 7, t.shape[-2]), t, ENDS), on=experts, oracle=_token_by_token
+    ),
+    "grouped_mm of mT": _product(
+        lambda t, at: F.grouped_mm(given(t, 7, t.shape[-1]), t.mT, offs=ENDS),
         on=experts,
-        refused=always,
-        oracle=unknown,
+        oracle=lambda w, at: _token_by_token(w.mT, at),
+    ),
+    "_grouped_mm of a weight's rows": _product(
+        lambda t, at: torch._grouped_mm(t[0], t, ENDS), on=experts, refused=always, oracle=unknown
     ),
     "embedding": _product(
         lambda t, at: F.embedding(torch.tensor([[5, 0], [0, 3]]), t), on=matrices, refused=transposed
