@@ -26,6 +26,7 @@ test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(STAMP)  ## run all tests, the slow ones too
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt triton
 	$(BIN)/python -m pytest
 
 check: $(STAMP)  ## lint, format and type check
