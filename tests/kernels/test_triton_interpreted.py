@@ -3,7 +3,10 @@ Triton: `test_triton.py` runs this file in a process of its own. By hand: TRITON
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
+import sys
 
 import pytest
 import torch
@@ -99,6 +102,28 @@ def test_inputs_and_weights_need_not_be_contiguous_and_neighbours_are_left_out(c
     with registry.force("triton"):
         found = F.linear(x, part, bias)
     torch.testing.assert_close(found, reference.linear(x, part.packed(), bias))
+
+
+def before_a_forbidden_page(tensor: Tensor) -> Tensor:
+    """A copy behind whose last byte nothing may be read."""
+    pages = -(-tensor.nbytes // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages * mmap.PAGESIZE
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), mmap.PAGESIZE, 0) == 0
+    offset = pages * mmap.PAGESIZE - tensor.nbytes
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+    return copy.view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
+@every_format
+def test_the_kernel_stays_in_its_memory(case: Case) -> None:
+    for rows, columns in ((33, 100), (5, 3)):
+        weight = packed(case, rows, columns)
+        fields = (None if t is None else before_a_forbidden_page(t) for t in weight[:3])
+        x, bias = before_a_forbidden_page(torch.randn(17, columns)), before_a_forbidden_page(torch.randn(rows))
+        found = TRITON.linear(x, Packed(*fields, *weight[3:]), bias)
+        torch.testing.assert_close(found, reference.linear(x, weight, bias))
 
 
 def test_products_of_nothing() -> None:
