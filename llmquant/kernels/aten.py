@@ -39,7 +39,7 @@ class Product(NamedTuple):
 
 
 def _not_grouped(block: tuple[int, int], columns: int) -> str | None:
-    if block[1] in _GROUPS and columns % block[1] == 0:
+    if block[1] in _GROUPS and columns > 0 and columns % block[1] == 0:
         return None
     return f"rows of {columns} are not made of groups of 32, 64, 128 or 256"
 
@@ -98,9 +98,9 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     the product before its bias to bfloat16. It reads a second copy of the codes, half a byte each, in its own order;
     one that would live for a single call is not made.
     """
-    fits = weight.format == "int4" and x.dtype == torch.bfloat16 and weight.rows % 8 == 0
+    fits = weight.format == "int4" and x.dtype == torch.bfloat16 and _has_rows(weight, 8)
     count = x.shape[:-1].numel()
-    if not fits or count > _MOST_INT4 or weight.is_passing:
+    if not (fits and 0 < count <= _MOST_INT4) or weight.is_passing:
         return _other(weight).linear(x, weight, bias)
     codes, scales_and_zeros = _int4_copy(weight)
     with torch.cuda.device_of(x):
@@ -113,7 +113,7 @@ def linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor 
 
     The weight's codes are brought around zero anew for every call: many tokens are worth it, and it costs no memory.
     """
-    many = x.shape[:-1].numel() > _FEW and weight.rows % 8 == 0
+    many = x.shape[:-1].numel() > _FEW and _has_rows(weight, 8)
     one_scale = activation.width(weight.columns) == weight.columns
     if not (weight.format == "int8" and weight.zero_point is None and many and one_scale):
         return _other(weight).linear_int8(x, weight, activation, bias)
@@ -130,7 +130,7 @@ def linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor 
 
 def linear_float8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
     """The same with x in float8 codes: bfloat16 results of `_scaled_mm`, whose bias is rounded to bfloat16 before."""
-    fits = weight.format == "float8" and x.dtype == torch.bfloat16 and weight.rows % 16 == 0 and x.numel() > 0
+    fits = weight.format == "float8" and x.dtype == torch.bfloat16 and _has_rows(weight, 16) and x.numel() > 0
     one_scale = activation.group <= 0 or activation.width(weight.columns) == weight.columns
     if not (fits and one_scale):
         return _other(weight).linear_float8(x, weight, activation, bias)
@@ -166,6 +166,10 @@ def _other(weight: Packed) -> Triton | ModuleType:
     """The backend for what aten does not take."""
     refused = TRITON.refusal(weight.format, weight.block, weight.columns, weight.qdata.device.type)
     return reference if refused else TRITON
+
+
+def _has_rows(weight: Packed, multiple: int) -> bool:
+    return weight.rows > 0 and weight.rows % multiple == 0
 
 
 def _flat(x: Tensor) -> Tensor:

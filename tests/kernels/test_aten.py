@@ -126,6 +126,8 @@ def test_what_int4_does_not_take_goes_on(int4_on_cpu: None, monkeypatch: pytest.
         (few.float(), weight),
         (few.half(), weight),
         (torch.randn(33, COLUMNS, dtype=BFLOAT16), weight),
+        (few[:0], weight),
+        (few, weight.panel(0, 0)),
         (few, weight.panel(0, 12)),
         (few, Packed.passing(*weight)),
         (few, packed("int3-g32")),
