@@ -16,7 +16,7 @@ from llmquant.kernels import reference, registry
 from llmquant.kernels.packed import Packed
 from llmquant.primitives import dynamic
 from llmquant.primitives.blocks import block_counts
-from llmquant.primitives.dynamic import INT8, Activation, dequantize_activation, quantize_activation
+from llmquant.primitives.dynamic import FLOAT8, INT8, Activation, dequantize_activation, quantize_activation
 
 _PACKED = "Tensor qdata, Tensor scale, Tensor? zero_point, str format, int[2] block, SymInt columns"
 
@@ -25,6 +25,7 @@ LIBRARY.define(f"linear(Tensor x, {_PACKED}, Tensor? bias=None) -> Tensor")
 LIBRARY.define(
     f"linear_int8(Tensor x, {_PACKED}, int activation_group, bool activation_asymmetric, Tensor? bias=None) -> Tensor"
 )
+LIBRARY.define(f"linear_float8(Tensor x, {_PACKED}, int activation_group, Tensor? bias=None) -> Tensor")
 LIBRARY.define('fake_quantize(Tensor x, int group, bool asymmetric, str dtype, str scale_rule="") -> Tensor')
 LIBRARY.define(f"matmul(Tensor x, {_PACKED}) -> Tensor")
 LIBRARY.define(f"embedding(Tensor indices, {_PACKED}, ScalarType dtype) -> Tensor")
@@ -45,12 +46,20 @@ def linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor 
     return torch.ops.llmquant.linear_int8(x, *weight, activation.group, activation.asymmetric, bias)
 
 
+def linear_float8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None = None) -> Tensor:
+    """`linear` of x in float8 codes (see `primitives.dynamic`), with the gradients of `linear_int8`."""
+    if _nobody_watches(x, weight, bias):
+        return _linear_float8(x, weight, activation, bias)
+    return torch.ops.llmquant.linear_float8(x, *weight, activation.group, bias)
+
+
 def linear_as(x: Tensor, weight: Packed, activation: Activation | None, bias: Tensor | None = None) -> Tensor:
-    """`linear` of x as the weight asks for it: as it is, in int8 codes, or as what its codes of another dtype mean."""
+    """`linear` of x as the weight asks for it: as it is, in codes of its dtype, or as what such codes mean."""
     if activation is None:
         return linear(x, weight, bias)
-    if activation.dtype == INT8:
-        return linear_int8(x, weight, activation, bias)
+    if activation.dtype in (INT8, FLOAT8):
+        product = linear_int8 if activation.dtype == INT8 else linear_float8
+        return product(x, weight, activation, bias)
     return linear(fake_quantize(x, activation), weight, bias)
 
 
@@ -76,12 +85,12 @@ def embedding(indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
 
 
 def _nobody_watches(x: Tensor, weight: Packed | None = None, bias: Tensor | None = None) -> bool:
-    """Whether a call may go straight to the backend: plain CPU tensors, and no autograd, tracer, transform or profiler
+    """Whether a call may go straight to the backend: plain tensors, and no autograd, tracer, transform or profiler
     that wants to see an operator. Going through torch's dispatcher would cost several microseconds a call."""
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
-        and x.is_cpu
+        and (x.is_cpu or x.is_cuda)
         and not (torch.is_grad_enabled() and _learns(x, weight, bias))
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -130,15 +139,21 @@ def _check_float_input(name: str, x: Tensor, width: int) -> None:
         raise RuntimeError(f"llmquant::{name}: input {tuple(x.shape)} does not end in {width}")
 
 
+def _check_device(name: str, x: Tensor, weight: Packed) -> None:
+    if x.device != weight.qdata.device:  # kernels would read addresses of another memory
+        raise RuntimeError(f"llmquant::{name}: the input lies on {x.device}, the weight on {weight.qdata.device}")
+
+
 def _check_linear(name: str, x: Tensor, weight: Packed, bias: Tensor | None) -> None:
     check_packed(weight)
     _check_float_input(name, x, weight.columns)
+    _check_device(name, x, weight)
     if bias is not None and bias.shape != (weight.rows,):
         raise RuntimeError(f"llmquant::{name}: bias {tuple(bias.shape)} does not fit {weight.rows} rows")
 
 
 def _linear_op(x: Tensor, *args: Any) -> Tensor:
-    return _linear(x, Packed(*args[:6]), args[6] if len(args) > 6 else None)
+    return _linear(x, Packed.passing(*args[:6]), args[6] if len(args) > 6 else None)
 
 
 def _linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
@@ -147,7 +162,7 @@ def _linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
 
 
 def _linear_int8_op(x: Tensor, *args: Any) -> Tensor:
-    return _linear_int8(x, Packed(*args[:6]), Activation(*args[6:8]), args[8] if len(args) > 8 else None)
+    return _linear_int8(x, Packed.passing(*args[:6]), Activation(*args[6:8]), args[8] if len(args) > 8 else None)
 
 
 def _linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
@@ -155,6 +170,18 @@ def _linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor
     if activation.dtype != INT8:
         raise RuntimeError(f"llmquant::linear_int8 takes no activations in {activation.dtype}")
     return registry.backend(weight).linear_int8(x, weight, activation, bias)
+
+
+def _linear_float8_op(x: Tensor, *args: Any) -> Tensor:
+    activation = Activation(args[6], dtype=FLOAT8)
+    return _linear_float8(x, Packed.passing(*args[:6]), activation, args[7] if len(args) > 7 else None)
+
+
+def _linear_float8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
+    _check_linear("linear_float8", x, weight, bias)
+    if activation.dtype != FLOAT8:
+        raise RuntimeError(f"llmquant::linear_float8 takes no activations in {activation.dtype}")
+    return registry.backend(weight).linear_float8(x, weight, activation, bias)
 
 
 def _fake_quantize_op(x: Tensor, *args: Any) -> Tensor:
@@ -168,14 +195,15 @@ def _fake_quantize(x: Tensor, activation: Activation) -> Tensor:
 
 
 def _matmul(x: Tensor, *args: Any) -> Tensor:
-    weight = Packed(*args)
+    weight = Packed.passing(*args)
     check_packed(weight)
     _check_float_input("matmul", x, weight.rows)
+    _check_device("matmul", x, weight)
     return registry.backend(weight).matmul(x, weight)
 
 
 def _embedding_op(indices: Tensor, *args: Any) -> Tensor:
-    return _embedding(indices, Packed(*args[:6]), args[6])
+    return _embedding(indices, Packed.passing(*args[:6]), args[6])
 
 
 def _embedding(indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
@@ -184,6 +212,7 @@ def _embedding(indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
         indices.dtype in (torch.int32, torch.int64),
         lambda: f"llmquant::embedding: indices must be int32 or int64, not {indices.dtype}",
     )
+    _check_device("embedding", indices, weight)
     return registry.backend(weight).embedding(indices, weight, dtype)
 
 
@@ -205,7 +234,7 @@ def _embedding_fake(indices: Tensor, *args: Any) -> Tensor:
 
 def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keeps the weight, which every operator takes second, and what the gradients of its parameters need."""
-    ctx.weight = Packed(*inputs[1:7])
+    ctx.weight = Packed.passing(*inputs[1:7])
     ctx.count = len(inputs)
     ctx.trains = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
     if ctx.trains:  # scale and zero point only so that autograd notices if they change before backward
@@ -223,18 +252,30 @@ def _save_linear_int8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
     ctx.activation = Activation(*inputs[7:9])
 
 
+def _save_linear_float8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save_linear(ctx, inputs, output)
+    ctx.activation = Activation(inputs[7], dtype=FLOAT8)
+
+
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = matmul(grad, ctx.weight) if ctx.needs_input_grad[0] else None
     trained = None
     if ctx.trains:
         x = ctx.saved_tensors[0]
         if ctx.activation is not None:
-            x = dequantize_activation(quantize_activation(x, ctx.activation), ctx.activation)
+            x = _seen(x, ctx.activation)
         trained = reference.qparams_gradients(grad, x, ctx.weight)
     grads = _in_order(ctx, grad_x, trained)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[-1]:
         grads[-1] = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype)
     return tuple(grads)
+
+
+def _seen(x: Tensor, activation: Activation) -> Tensor:
+    """x as products meet it."""
+    if activation.dtype == FLOAT8:
+        return dynamic.fake_quantize(x, activation)
+    return dequantize_activation(quantize_activation(x, activation), activation)
 
 
 def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -264,6 +305,7 @@ def _in_order(ctx: Any, grad_x: Tensor | None, trained: tuple[Tensor, Tensor] | 
 for _name, _impl, _fake in (
     ("linear", _linear_op, _linear_fake),
     ("linear_int8", _linear_int8_op, _linear_fake),
+    ("linear_float8", _linear_float8_op, _linear_fake),
     ("fake_quantize", _fake_quantize_op, _fake_quantize_fake),
     ("matmul", _matmul, _matmul_fake),
     ("embedding", _embedding_op, _embedding_fake),
@@ -273,6 +315,7 @@ for _name, _impl, _fake in (
 for _name, _save, _backward in (
     ("linear", _save_linear, _linear_backward),
     ("linear_int8", _save_linear_int8, _linear_backward),
+    ("linear_float8", _save_linear_float8, _linear_backward),
     ("matmul", _save_weight, _matmul_backward),
     ("embedding", _save_weight, _embedding_backward),
 ):

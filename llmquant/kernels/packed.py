@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ class _Fields(NamedTuple):
 
 
 class Packed(_Fields):
-    """A logical [N, K] matrix in the neutral layout. Backends keep in it what they work out once.
+    """A logical [N, K] matrix in the neutral layout. Backends keep in it what they work out once (see `passing`).
 
     qdata: uint8 [N, ceil(K * bits / 8)], or what else the format's packing makes of K columns.
     scale: [ceil(N / block rows), ceil(K / block columns)].
@@ -37,6 +37,18 @@ class Packed(_Fields):
     def rows(self) -> int:
         """N."""
         return self.qdata.shape[0]
+
+    @classmethod
+    def passing(cls, *fields: Any) -> Packed:
+        """A matrix that lives for one call: what costs more than it saves in one is not worked out for it."""
+        made = cls(*fields)
+        made.__dict__["passing"] = True
+        return made
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether it was made by `passing`."""
+        return "passing" in self.__dict__
 
     def panel(self, start: int, stop: int) -> Packed:
         """Rows start..stop as views; `start` must lie on a block's edge."""

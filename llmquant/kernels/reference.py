@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmquant.kernels.packed import Packed
 from llmquant.primitives.blocks import to_blocks
-from llmquant.primitives.dynamic import Activation, quantize_activation, steps
+from llmquant.primitives.dynamic import Activation, fake_quantize, quantize_activation, steps
 
 
 def refusal(format_name: str, block: tuple[int, int], columns: int, device: str) -> str | None:
@@ -59,6 +59,11 @@ def linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor 
             total += bias[start:stop].float()
         out[..., start:stop] = total.reshape(*x.shape[:-1], panel.rows)
     return out
+
+
+def linear_float8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
+    """x [..., K] -> x^ @ weight.T + bias, x^ being what the float8 codes of x stand for, rounded to x's dtype."""
+    return linear(fake_quantize(x, activation), weight, bias)
 
 
 def matmul(x: Tensor, weight: Packed) -> Tensor:

@@ -269,8 +269,8 @@ class QuantizedTensor(torch.Tensor):
         return self.scale
 
     def state(self) -> tuple[Any, ...]:
-        """What changes whenever a `Packed` of this weight is void: where its tensors lie."""
-        return self.qdata.data_ptr(), self.scale.data_ptr()
+        """What changes whenever a `Packed` of this weight is void: where its tensors lie, and what was written."""
+        return self.qdata.data_ptr(), self.scale.data_ptr(), QuantizedTensor.writes  # kernels may keep copies
 
     def kernel(self) -> registry.Choice:
         """Which kernel serves this weight, and why."""

@@ -42,7 +42,7 @@ class ScaledTensor(QuantizedTensor):
             return where
         sources = [t for t in (self.scale, self.tensor_scale, self.row_scale) if t is not None]
         counts = (None if t.is_inference() else t._version for t in sources)  # inner tensors may be written to alone
-        return *where, QuantizedTensor.writes, *(t.data_ptr() for t in sources), *counts
+        return *where, *(t.data_ptr() for t in sources), *counts
 
     @property
     def _has_small_scales(self) -> bool:

@@ -14,7 +14,7 @@ from llmquant.errors import ConfigError
 from llmquant.formats import get_format
 from llmquant.kernels.cpu import library
 from llmquant.kernels.packed import Packed
-from llmquant.primitives.dynamic import Activation, dequantize_activation, quantize_activation
+from llmquant.primitives.dynamic import Activation, dequantize_activation, fake_quantize, quantize_activation
 from llmquant.primitives.spec import QParams
 
 _PANEL_ELEMENTS = 2**20
@@ -160,6 +160,10 @@ class Native:
             seen = dequantize_activation(quantize_activation(x, activation), activation)
             return self.linear(seen, weight, bias).to(x.dtype)
         return self._linear(x, weight, bias, 2 if activation.asymmetric else 1, activation.width(weight.columns))
+
+    def linear_float8(self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
+        """The same with x as its float8 codes stand for it, in x's dtype."""
+        return self.linear(fake_quantize(x, activation), weight, bias)
 
     def embedding(self, indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
         """indices [...] int -> rows of the table, [..., K] in `dtype`."""
