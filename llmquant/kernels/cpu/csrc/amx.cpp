@@ -26,10 +26,9 @@ void int8_tile_linear(const Matrix& w, const Inputs& in);
 
 namespace {
 
-constexpr int64_t PANEL = 256;        // rows that are decoded at a time, in so many ...
-constexpr int64_t DEPTH = 2;          // ... pieces: longer ones are fetched faster from memory
-constexpr int64_t LENGTH[] = {8, 4};  // chunks of a piece, without and with parts: a pair of tiles each of rows and of
-                                      // tokens lies in the first-level cache
+// Rows that are decoded at a time, and chunks of 32 columns, without and with parts: the piece, its sums and the next
+// tokens lie in the second-level cache, a pair of tiles of tokens in the first.
+constexpr int64_t PANEL = 256, LENGTH[] = {16, 4};
 constexpr int64_t MOST_PACKED = 16 << 20;    // bytes of inputs that are packed at a time
 constexpr float TINY = 0x1p-64f;             // parts of a token with no larger input may come to nothing
 // Inputs from which tiles are faster than vectors: float32, float16, bfloat16; int8 codes; int8 codes that become
@@ -56,6 +55,21 @@ TARGET inline uint32_t largest_magnitude(__m512i magnitudes) {
     return static_cast<uint16_t>(~_mm_cvtsi128_si32(least));
 }
 
+// Quotients rounded to integers as `nearest_quotients` has them, for two vectors of numbers at most 127 divisors large.
+TILES inline void round_quotients(__m512 x[2], const Divisor& by) {
+    const __m512 middle = _mm512_set1_ps(0x1.8p23f);  // a sum with it has no bits below 1
+    const __m512 q[2] = {_mm512_mul_ps(x[0], by.inverse), _mm512_mul_ps(x[1], by.inverse)};
+    __m512 near[2], off[2];
+    for (int i = 0; i < 2; ++i) {
+        near[i] = _mm512_sub_ps(_mm512_add_ps(q[i], middle), middle);
+        off[i] = _mm512_abs_ps(_mm512_sub_ps(q[i], near[i]));
+    }
+    const bool sure =
+        _mm512_cmp_ps_mask(_mm512_max_ps(off[0], off[1]), _mm512_set1_ps(SURE), _CMP_LT_OQ) == 0xffff;
+    for (int i = 0; i < 2; ++i)
+        x[i] = sure ? near[i] : _mm512_roundscale_ps(_mm512_div_ps(x[i], by.value), _MM_FROUND_TO_NEAREST_INT);
+}
+
 // `quantize_group` of symmetric bfloat16 inputs, decoded again and rounded to bfloat16.
 TILES void decode_symmetric(const uint16_t* x, int64_t count, uint16_t* out) {
     const __m512i magnitude = _mm512_set1_epi16(0x7fff), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
@@ -71,11 +85,11 @@ TILES void decode_symmetric(const uint16_t* x, int64_t count, uint16_t* out) {
     const __m512 factor = _mm512_set1_ps(scale);
     for (int64_t k = 0; k < count; k += WIDTH) {
         const __m512i both = load_bfloats(x + k, count - k);
-        const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-        const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(both, upper));
-        const __m512 low = _mm512_mul_ps(_mm512_cvtepi32_ps(nearest_quotients(even, divisor)), factor);
-        const __m512 high = _mm512_mul_ps(_mm512_cvtepi32_ps(nearest_quotients(odd, divisor)), factor);
-        const __m512i values = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+        __m512 codes[2] = {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
+                           _mm512_castsi512_ps(_mm512_and_si512(both, upper))};
+        round_quotients(codes, divisor);
+        const __m512i values = reinterpret_cast<__m512i>(
+            _mm512_cvtne2ps_pbh(_mm512_mul_ps(codes[1], factor), _mm512_mul_ps(codes[0], factor)));
         const __mmask32 present = count - k >= WIDTH ? ~0u : (1u << (count - k)) - 1;
         _mm512_mask_storeu_epi16(out + k, present, _mm512_permutexvar_epi16(in_turn, values));
     }
@@ -179,12 +193,12 @@ struct Block {
         if (EXCHANGE && !at.first) _tile_loadd(TILE_NAME, at.sums + (OFFSET), 64); \
     } while (false)
 
-// One chunk: rows in W parts, tokens in IN. EXCHANGE: before the first product with a tile of sums it changes hands.
+// One chunk: rows in W parts, tokens in IN. Rows pass by and should not drive tokens out of the cache. EXCHANGE: before the first product with a tile of sums it changes hands.
 template <bool EXCHANGE, int A, int B, int W, int IN>
 __attribute__((always_inline)) TILES inline void multiply_chunk(const Block& at, const uint8_t* a, const uint8_t* b) {
 #pragma GCC unroll 3
     for (int p = 0; p < W; ++p, a += TILE_BYTES) {
-        _tile_loadd(4, a, 64);
+        _tile_stream_loadd(4, a, 64);
 #pragma GCC unroll 3
         for (int q = 0; q < IN - p; ++q) {
             const bool exchange = EXCHANGE && p == 0 && q == 0;
@@ -192,7 +206,7 @@ __attribute__((always_inline)) TILES inline void multiply_chunk(const Block& at,
             if (exchange) LLMQUANT_PASS(0, 0);
             _tile_dpbf16ps(0, 4, 6);
             if (A > 1) {
-                if (q == 0) _tile_loadd(5, a + at.a_step, 64);
+                if (q == 0) _tile_stream_loadd(5, a + at.a_step, 64);
                 if (exchange) LLMQUANT_PASS(2, at.sums_step);
                 _tile_dpbf16ps(2, 5, 6);
             }
@@ -287,13 +301,12 @@ TILES void store_tiles(const Panel& panel, const Inputs& in, const float* sums, 
     for (; bad; bad &= bad - 1) __atomic_store_n(plain + token + __builtin_ctz(bad), 1, __ATOMIC_RELAXED);
 }
 
-// All tokens against a piece of a panel, which lies as tiles of W parts, `a_bytes` from one tile of rows to the next. Adds
-// to sums [tiles, tokens, 16 x 16].
-TILES void multiply_piece(const Packed& packed, int64_t chunk, const uint8_t* decoded, int64_t a_bytes, int64_t tiles,
-                          int weight_parts, float* sums) {
+// All tokens against a piece of a panel, decoded as tiles [tiles, chunks, W]; adds to sums [tiles, tokens, 16 x 16].
+TILES void multiply_piece(const Packed& packed, int64_t chunk, const uint8_t* decoded, int64_t tiles, int weight_parts,
+                          float* sums) {
     const Multiplies multiplies = choose_multiplies(weight_parts, static_cast<int>(packed.parts));
     const int64_t chunks = packed.chunks_from(chunk), tokens = packed.tokens, pairs = (tiles + 1) / 2;
-    const int64_t b_bytes = chunks * packed.parts * TILE_BYTES;
+    const int64_t a_bytes = chunks * weight_parts * TILE_BYTES, b_bytes = chunks * packed.parts * TILE_BYTES;
     // The next two tiles of tokens come from afar: each pair of row tiles fetches its share of them.
     const int64_t lines = (2 * TILE * packed.parts + pairs - 1) / pairs;
     float* held = nullptr;  // sums that are still in tiles
@@ -324,7 +337,7 @@ TILES void tile_linear(const Matrix& w, const Inputs& in) {
     const int64_t panel = (share + 2 * TILE * panels - 1) / (2 * TILE * panels) * (2 * TILE);
     // Pieces of about LENGTH chunks, all of one length but the last, and an even one, as codes are cut 64 at a time.
     const int64_t about = LENGTH[IN > 1], pieces = chunks > about ? (chunks + about / 2) / about : 1;
-    const int64_t length = (chunks + 2 * pieces - 1) / (2 * pieces) * 2, depth = length * WIDTH * (IN > 1 ? 1 : DEPTH);
+    const int64_t length = (chunks + 2 * pieces - 1) / (2 * pieces) * 2, depth = length * WIDTH;
     const Packed packed = {scratch<uint8_t>(0, tokens * chunks * IN * TILE_BYTES), tokens, chunks, length, IN};
     uint8_t* plain = scratch<uint8_t>(6, tokens * TILE);  // tokens that are left to the plain kernel
     static const TileConfig config;
@@ -343,12 +356,8 @@ TILES void tile_linear(const Matrix& w, const Inputs& in) {
         for (int64_t row = 0; row < w.rows; row += panel) {
             const int64_t last = row + panel < w.rows ? row + panel : w.rows, tiles = (last - row + TILE - 1) / TILE;
             for (int64_t k = 0; k < w.columns; k += depth) {
-                const int64_t stop = k + depth < w.columns ? k + depth : w.columns;
-                const int64_t first = k / WIDTH, end = (stop + WIDTH - 1) / WIDTH, chunk_bytes = weights.parts * TILE_BYTES;
-                weights.decode(row, last, k, stop, decoded);
-                for (int64_t chunk = first; chunk < end; chunk += length)
-                    multiply_piece(packed, chunk, decoded + (chunk - first) * chunk_bytes, (end - first) * chunk_bytes,
-                                   tiles, weights.parts, sums);
+                weights.decode(row, last, k, k + depth < w.columns ? k + depth : w.columns, decoded);
+                multiply_piece(packed, k / WIDTH, decoded, tiles, weights.parts, sums);
             }
             for (int64_t t = 0; t < tokens; ++t)
                 for (int64_t r = 0; r < tiles; r += 2)

@@ -138,13 +138,15 @@ struct Divisor {
     __m512 value, inverse;
 };
 
+constexpr float SURE = 0.5f - 0x1p-12f;  // how far from an integer a product up to 256, off by less than 2^-14, may be
+
 INLINE Divisor make_divisor(float value) { return {_mm512_set1_ps(value), _mm512_set1_ps(1.f / value)}; }
 
 INLINE __m512i nearest_quotients(__m512 x, const Divisor& by) {
     const __m512 quotient = _mm512_mul_ps(x, by.inverse);
     const __m512 off = _mm512_sub_ps(quotient, _mm512_roundscale_ps(quotient, _MM_FROUND_TO_NEAREST_INT));
-    // Up to 256 the product is off by less than 2^-14; what is larger, or NaN, is not below either bound.
-    const __mmask16 sure = _mm512_cmp_ps_mask(_mm512_abs_ps(off), _mm512_set1_ps(0.5f - 0x1p-12f), _CMP_LT_OQ) &
+    // What is larger, or NaN, is not below either bound.
+    const __mmask16 sure = _mm512_cmp_ps_mask(_mm512_abs_ps(off), _mm512_set1_ps(SURE), _CMP_LT_OQ) &
                            _mm512_cmp_ps_mask(_mm512_abs_ps(quotient), _mm512_set1_ps(256.f), _CMP_LT_OQ);
     return _mm512_cvtps_epi32(sure == 0xffff ? quotient : _mm512_div_ps(x, by.value));
 }
