@@ -23,6 +23,7 @@ from llmquant.errors import BadWeightError, CheckpointError, ConfigError, ModelN
 from llmquant.quantize import (
     AFTER_QUANTIZE,
     QuantizationReport,
+    check_stats,
     make_plan,
     quantize_weight,
     replace_weight,
@@ -124,6 +125,7 @@ class LlmQuantizer(HfQuantizer):
             verify(self.quantization_config.to_dict(), self._files(kwargs))
         else:
             plan = make_plan(model, self.quantization_config.fqn_to_config)
+            check_stats(plan, None)  # a model that is being loaded has met no inputs yet
             for candidate, config in plan.chosen:
                 for fqn in candidate.fqns:
                     self._chosen[fqn] = (candidate, config)

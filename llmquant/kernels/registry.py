@@ -14,7 +14,7 @@ from torch import Tensor
 from llmquant.errors import ConfigError
 from llmquant.kernels import cpu, reference
 from llmquant.kernels.packed import Packed
-from llmquant.primitives.dynamic import Activation
+from llmquant.primitives.dynamic import Activation, StaticScale
 
 
 class Backend(Protocol):
@@ -26,7 +26,9 @@ class Backend(Protocol):
     def linear(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
 
-    def linear_int8(self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
+    def linear_int8(
+        self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None, static: StaticScale | None = None
+    ) -> Tensor:
         """The same with x in int8 codes, by the rule of `primitives.dynamic`."""
 
     def matmul(self, x: Tensor, weight: Packed) -> Tensor:

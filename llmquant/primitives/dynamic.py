@@ -1,4 +1,4 @@
-"""Activations as int8 or float8 codes, made anew for every input. This rule is what every kernel has to reproduce.
+"""Activations as int8 or float8 codes, made for every input. This rule is what every kernel has to reproduce.
 
 Along a token, `group` neighbours share a scale; the last group may be shorter. All arithmetic is float32:
 
@@ -9,9 +9,13 @@ Along a token, `group` neighbours share a scale; the last group may be shorter. 
 * float8 (e4m3fn): scale = max|x| / 448, code = the float8 number nearest to x / scale clamped to -448..448,
   x ~ code * scale. All tokens of an input may share the scale, too: then a token's codes depend on its neighbours.
 
+A static activation has one scale (and zero point) for whatever may come: that of the lowest and highest value which a
+calibration run saw, by the same formulas (`static_scale`). Codes are clamped as above, so values beyond them saturate.
+
 Divisions are divisions, not products with an inverse; rounding is half to even. Where the scale is 0 (zeros, or
 numbers so small that it underflows) the divisor is 1. A group that holds NaN or infinity, or whose range overflows,
-gets the scale NaN with codes and zero point 0: every product with it is NaN, never a number that looks right.
+gets the scale NaN with codes and zero point 0: every product with it is NaN, never a number that looks right. Of a
+static activation so does a token that holds NaN or infinity, and no other.
 
 Products with int8 codes are sums of integers, scaled afterwards. Products with float8 codes are those of what the codes
 stand for, rounded once to the input's own dtype (`fake_quantize`), with the weights as they are.
@@ -37,6 +41,7 @@ INT8, FLOAT8 = "int8", "float8_e4m3fn"
 ALL_TOKENS = -1
 """The group that is the whole input: one scale for all of its tokens."""
 _PREFIXES = {INT8: "a8", FLOAT8: "f8"}
+_STATIC_PREFIXES = {INT8: "s8", FLOAT8: "sf8"}
 _DEFAULT_GROUPS = {INT8: DEFAULT_GROUP, FLOAT8: 0}
 _LARGEST_GROUP = 2**31 - 1  # what native code can count with
 _CHUNK_ELEMENTS = 2**16  # whose temporaries stay in a core's cache
@@ -47,10 +52,12 @@ class Activation:
     """How the input of a product is quantized.
 
     Attributes:
-        group: neighbours of a token that share a scale; 0 means the whole token, `ALL_TOKENS` (float8 only) all of
-            them.
+        group: neighbours of a token that share a scale; 0 means the whole token, `ALL_TOKENS` (float8 or static only)
+            all of them.
         asymmetric: whether groups have zero points (int8 only).
         dtype: of the codes, `int8` or `float8_e4m3fn`.
+        static: whether the scale is that of a calibration run, which the weight brings along (`StaticScale`); the group
+            is `ALL_TOKENS` then.
 
     Raises:
         ConfigError: for another dtype, for a group that is negative or too large to count with, and for zero points
@@ -60,11 +67,14 @@ class Activation:
     group: int
     asymmetric: bool = False
     dtype: str = INT8
+    static: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in _PREFIXES:
             raise ConfigError(f"activations cannot be quantized to {self.dtype!r}", hint=" or ".join(_PREFIXES))
-        if self.dtype == INT8 and self.group == ALL_TOKENS:
+        if self.static and self.group != ALL_TOKENS:
+            raise ConfigError("static activations have one scale for all inputs", hint="PerTensor()")
+        if self.dtype == INT8 and self.group == ALL_TOKENS and not self.static:
             raise ConfigError(f"int8 activations have no scale for all tokens (group {self.group})", hint="PerToken()")
         if not ALL_TOKENS <= self.group <= _LARGEST_GROUP:
             raise ConfigError(f"activations cannot be quantized in groups of {self.group}", hint="for instance 32")
@@ -73,17 +83,21 @@ class Activation:
 
     @classmethod
     def of(
-        cls, granularity: Granularity, mapping_type: MappingType = MappingType.SYMMETRIC, dtype: str = INT8
+        cls,
+        granularity: Granularity,
+        mapping_type: MappingType = MappingType.SYMMETRIC,
+        dtype: str = INT8,
+        static: bool = False,
     ) -> Activation:
         """The same in the words of a config. Raises `ConfigError` for what activations cannot have."""
         asymmetric = mapping_type is MappingType.ASYMMETRIC
         match granularity:
             case PerToken():
-                return cls(0, asymmetric, dtype)
+                return cls(0, asymmetric, dtype, static)
             case PerTokenGroup(group_size):
-                return cls(group_size, asymmetric, dtype)
+                return cls(group_size, asymmetric, dtype, static)
             case PerTensor():
-                return cls(ALL_TOKENS, asymmetric, dtype)
+                return cls(ALL_TOKENS, asymmetric, dtype, static)
         raise ConfigError(
             f"activations cannot be quantized {granularity}",
             hint="PerToken(), PerTokenGroup(group_size), or PerTensor() in float8",
@@ -91,15 +105,17 @@ class Activation:
 
     @property
     def scheme(self) -> str:
-        """What goes before the scheme of a weight: `a8`, `a8-g64`, `a8-token-asym`, `f8`, `f8-g128`, `f8-tensor`."""
+        """What goes before the scheme of a weight: `a8`, `a8-g64`, `a8-token-asym`, `f8`, `f8-tensor`, `s8`, `sf8`."""
+        if self.static:
+            return _STATIC_PREFIXES[self.dtype] + ("-asym" if self.asymmetric else "")
         names = {0: "-token", ALL_TOKENS: "-tensor"}
         group = names.get(self.group, f"-g{self.group}")
         said = "" if self.group == _DEFAULT_GROUPS[self.dtype] else group
         return _PREFIXES[self.dtype] + said + ("-asym" if self.asymmetric else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON: the inverse of `from_dict`."""
-        return asdict(self)
+        """Plain JSON: the inverse of `from_dict`. `static` is named only where it is true."""
+        return {key: value for key, value in asdict(self).items() if key != "static" or value}
 
     @classmethod
     def from_dict(cls, values: Any) -> Activation:
@@ -107,7 +123,7 @@ class Activation:
         fields = {"dtype": str, "group": int, "asymmetric": bool}
         known = (
             isinstance(values, Mapping)
-            and {key: type(value) for key, value in values.items()} == fields
+            and {key: type(value) for key, value in values.items()} in (fields, {**fields, "static": bool})
             and values["dtype"] in _PREFIXES
         )
         if not known:
@@ -117,13 +133,18 @@ class Activation:
     def width(self, columns: int) -> int:
         """Elements that share a scale in a token of `columns` elements; at least 1.
 
-        An input with one scale for all of its tokens counts as one token.
+        An input with one scale of its own for all of its tokens counts as one token.
         """
         return max(min(self.group if self.group > 0 else columns, columns), 1)
 
     def tokens(self, shape: torch.Size) -> tuple[int, int]:
-        """Tokens in an input of that shape, and the elements of each; all of it is one where all share a scale."""
-        return (1, shape.numel()) if self.group == ALL_TOKENS else (shape[:-1].numel(), shape[-1])
+        """Tokens in an input of that shape, and the elements of each; all of it is one where all share its scale."""
+        return (1, shape.numel()) if self.is_joint else (shape[:-1].numel(), shape[-1])
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the tokens of an input share a scale that is made from all of them."""
+        return self.group == ALL_TOKENS and not self.static
 
 
 class DynamicCodes(NamedTuple):
@@ -139,22 +160,40 @@ class DynamicCodes(NamedTuple):
     zero_point: Tensor | None = None
 
 
-def quantize_activation(x: Tensor, activation: Activation) -> DynamicCodes:
-    """x float [..., K] -> codes, by the rule of this module."""
+class StaticScale(NamedTuple):
+    """What a calibration run chose for all inputs of a weight.
+
+    scale: float32, one element of any shape.
+    zero_point: int8, likewise, or None where codes are symmetric.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+
+def static_scale(low: Tensor, high: Tensor, activation: Activation) -> StaticScale:
+    """Lowest and highest input float32 [...] -> the scales [...] of a static activation, and its zero points."""
+    low, high, levels, _ = _range(torch.stack([low, high], -1), activation)
+    scale, divisor = _scales(high - low, levels)
+    return StaticScale(scale, _zero_point(low / divisor).to(torch.int8) if activation.asymmetric else None)
+
+
+def quantize_activation(x: Tensor, activation: Activation, static: StaticScale | None = None) -> DynamicCodes:
+    """x float [..., K] -> codes, by the rule of this module; `static` only for a static activation."""
     tokens, columns = activation.tokens(x.shape)
     block = (1, activation.width(columns))
     groups = to_blocks(x.reshape(tokens, columns).float(), block)  # [T, G, n], padded with zeros
     low, high, levels, limits = _range(groups, activation)
-    scale, divisor = _scales(high - low, levels)
+    scale, divisor = _scales(high - low, levels) if static is None else _given_scales(low, high, static)
     codes = groups / divisor.unsqueeze(-1)
     zero_point = None
     if activation.asymmetric:
-        zero_point = _zero_point(low / divisor)
+        zero_point = _zero_point(low / divisor) if static is None else _given_zero_points(scale, static)
         codes.round_().add_(zero_point.unsqueeze(-1))
     elif activation.dtype == INT8:
         codes.round_()
     codes = from_blocks(codes.clamp_(*limits).nan_to_num_(0.0), tokens, columns, block)
-    leading = (1,) * (x.dim() - 1) if activation.group == ALL_TOKENS else x.shape[:-1]
+    leading = (1,) * (x.dim() - 1) if activation.is_joint else x.shape[:-1]
     shape = (*leading, scale.shape[-1])
     return DynamicCodes(
         codes.to(getattr(torch, activation.dtype)).reshape(x.shape),
@@ -173,7 +212,7 @@ def dequantize_activation(quantized: DynamicCodes, activation: Activation) -> Te
     return from_blocks(distance * scale, tokens, columns, block).reshape(shape)
 
 
-def fake_quantize(x: Tensor, activation: Activation) -> Tensor:
+def fake_quantize(x: Tensor, activation: Activation, static: StaticScale | None = None) -> Tensor:
     """x float [..., K] -> what its codes stand for, rounded to x's dtype."""
     tokens, columns = activation.tokens(x.shape)
     rows = x.reshape(tokens, columns)
@@ -181,18 +220,18 @@ def fake_quantize(x: Tensor, activation: Activation) -> Tensor:
     # Some tokens at a time, so that what lies between x and the result does not leave the cache.
     step = max(_CHUNK_ELEMENTS // max(columns, 1), 1)
     for start in range(0, tokens, step):
-        out[start : start + step] = _fake_quantize(rows[start : start + step], activation)
+        out[start : start + step] = _fake_quantize(rows[start : start + step], activation, static)
     return out.reshape(x.shape)
 
 
-def _fake_quantize(rows: Tensor, activation: Activation) -> Tensor:
+def _fake_quantize(rows: Tensor, activation: Activation, static: StaticScale | None) -> Tensor:
     """rows [T, K] -> float32 [T, K]. Codes of float8 are never made: rounded numbers tell as much."""
     if activation.dtype != FLOAT8:
-        return dequantize_activation(quantize_activation(rows, activation), activation)
+        return dequantize_activation(quantize_activation(rows, activation, static), activation)
     block = (1, activation.width(rows.shape[1]))
     groups = to_blocks(rows.float(), block)
-    _, high, levels, limits = _range(groups, activation)
-    scale, divisor = _scales(high, levels)
+    low, high, levels, limits = _range(groups, activation)
+    scale, divisor = _scales(high, levels) if static is None else _given_scales(low, high, static)
     numbers = round_to_e4m3_((groups / divisor.unsqueeze(-1)).clamp_(*limits))
     return from_blocks(numbers.mul_(scale.unsqueeze(-1)), rows.shape[0], rows.shape[1], block)
 
@@ -220,6 +259,18 @@ def _scales(span: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """Scales [T, G] of groups whose range is `span`, and what their values are divided by."""
     scale = torch.where(span.isfinite(), span / levels, torch.nan)
     return scale, torch.where(scale == 0, 1.0, scale)
+
+
+def _given_scales(low: Tensor, high: Tensor, static: StaticScale) -> tuple[Tensor, Tensor]:
+    """The same where the scale is known, for tokens [T, 1] in that range."""
+    scale = torch.where(low.isfinite() & high.isfinite(), static.scale.reshape(1, 1), torch.nan)
+    return scale, torch.where(scale == 0, 1.0, scale)
+
+
+def _given_zero_points(scale: Tensor, static: StaticScale) -> Tensor:
+    """Zero points [T, 1] as float32 numbers; 0 for a token without a scale."""
+    assert static.zero_point is not None
+    return torch.where(scale.isnan(), 0.0, static.zero_point.reshape(1, 1).float())
 
 
 def _zero_point(low_steps: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         # Sums here run over the logical rows; `activation` is said of inputs along the columns, so this one stays.
         out = ops.matmul(input, weight.packed())
         return out if bias is None else out + bias
-    return ops.linear_as(input, weight.packed(), weight.meta.activation, bias)
+    return ops.linear_as(input, weight.packed(), weight.meta.activation, bias, weight.static_scale)
 
 
 @function(F.embedding)

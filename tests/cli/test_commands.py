@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from models import needs_calibration
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import llmquant
@@ -91,7 +92,9 @@ def test_every_recipe_quantizes_from_the_command_line(plain: Path, tmp_path: Pat
     assert status == 0
     report = json.loads((tmp_path / "r.json").read_text())
     in_memory = AutoModelForCausalLM.from_pretrained(plain)
-    expected = llmquant.quantize_(in_memory, recipe)
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    stats = llmquant.collect_stats(in_memory, recipe, tokenizer=tokenizer) if needs_calibration(recipe) else None
+    expected = llmquant.quantize_(in_memory, recipe, stats=stats)
     assert set(report["quantized"]) == set(expected.quantized)
     assert report["bytes_after"] == expected.bytes_after
     assert str(tmp_path / "q") in out

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Folders, load
+from models import Folders, load, quantize
 
 from llmquant.config.base import QuantConfig
 from llmquant.config.fqn import FqnToConfig
@@ -63,7 +63,7 @@ def test_a_shipped_recipe_is_complete(name: str) -> None:
     assert recipe.name == name and recipe.description and "_default" in dict(recipe.config.items())
     assert to_config(name) == recipe.config == to_config(recipe)
     assert to_config(to_pairs(recipe.config)) == recipe.config
-    stem = name.removeprefix("a8-").removeprefix("token-").removeprefix("f8-")
+    stem = name.removeprefix("a8-").removeprefix("token-").removeprefix("f8-").removeprefix("s8-").removeprefix("sf8-")
     if stem.split("-g")[0] in FORMATS:
         assert dict(recipe.config.items())["_default"] == parse_scheme(name)  # the name of a scheme means the scheme
 
@@ -73,7 +73,7 @@ def test_a_shipped_recipe_is_complete(name: str) -> None:
 def test_a_shipped_recipe_applies(name: str, family: str, folders: Folders) -> None:
     model = load(folders(family))
     tied = model.lm_head.weight is model.model.embed_tokens.weight
-    report = quantize_(model, name)
+    report = quantize(model, name)
     assert tied == (model.lm_head.weight is model.model.embed_tokens.weight) == (family == "llama-tied")
     wide = {n for n, p in model.named_parameters() if p.dim() >= 2}
     assert set(report.quantized) | set(report.skipped) >= wide and not report.warnings

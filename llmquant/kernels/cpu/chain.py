@@ -59,6 +59,8 @@ def refusal(weight: Packed, activation: Activation | None) -> str | None:
         return f"{choice.kernel} serves the weights"
     if matrix_of(weight).matrix.table is not None:
         return f"there are no integer products of {weight.format}"
+    if activation is not None and activation.static:
+        return "activations have static scales"
     if activation is not None and activation.dtype != INT8:
         return f"activations are {activation.dtype}"
     if activation is not None and activation.width(weight.columns) % 32 and activation.group:

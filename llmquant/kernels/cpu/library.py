@@ -36,7 +36,7 @@ _SIGNATURES = {
     "llmquant_kernels": (c_char_p, (c_int32, POINTER(c_int32))),
     "llmquant_linear": (
         None,
-        (c_int32, c_void_p, c_void_p, c_int32, c_int64, c_void_p, c_int32, c_int32, c_int64, c_void_p),
+        (c_int32, c_void_p, c_void_p, c_int32, c_int64, c_void_p, c_int32, c_int32, c_int64, c_void_p, c_void_p, c_void_p),
     ),
     "llmquant_rows": (c_int64, (c_int32, c_void_p, c_void_p, c_int64, c_int32, c_void_p)),
     "llmquant_chain": (None, (c_void_p, c_int64, c_int64, c_int32)),

@@ -144,18 +144,21 @@ INLINE float quantize_group(const Inputs& in, int64_t at, int64_t count, int32_t
         bad |= _mm512_fpclass_ps_mask(x, 0x99);  // infinities and NaN
     }
     const float least = _mm512_reduce_min_ps(low), most = _mm512_reduce_max_ps(high);
-    const float scale = symmetric ? (most > -least ? most : -least) / 127.f : (most - least) / 255.f;
+    const float scale = activation_scale(in, least, most);
     const __m512 safe = _mm512_set1_ps(scale > 0 ? scale : 1.f);
     const __m512i bottom = _mm512_set1_epi32(symmetric ? -127 : -128), top = _mm512_set1_epi32(127);
     __m512i zero = _mm512_setzero_si512();
     if (!symmetric) {
         zero = _mm512_cvtps_epi32(_mm512_sub_ps(_mm512_set1_ps(-128.f), _mm512_div_ps(_mm512_set1_ps(least), safe)));
         zero = _mm512_max_epi32(_mm512_min_epi32(zero, top), bottom);
+        if (in.fixed.zero_point) zero = _mm512_set1_epi32(*in.fixed.zero_point);
     }
+    const __m512 far = _mm512_set1_ps(512.f);  // inputs may lie far outside of a scale that was chosen before
     for (int64_t k = 0; k < count; k += 16) {
         const __mmask16 present = first_lanes(count - k);
         const __m512 x = load_floats(in.x, at + k, in.type, present);
-        const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_div_ps(x, safe)), zero);
+        const __m512 near = _mm512_max_ps(_mm512_min_ps(_mm512_div_ps(x, safe), far), _mm512_sub_ps(_mm512_setzero_ps(), far));
+        const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(near), zero);
         const __m512i kept = _mm512_sub_epi32(_mm512_max_epi32(_mm512_min_epi32(code, top), bottom), zero);
         _mm512_mask_storeu_epi32(codes + k, present, kept);
     }
