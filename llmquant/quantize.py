@@ -55,8 +55,7 @@ def quantize_weight(
         raise BadWeightError(f"stats of shape {tuple(importance.shape)} do not fit {columns} input columns")
     spec = config.spec(rows, columns)
     tensors = _allocate(logical, spec)
-    static = config.activation is not None and config.activation.static
-    fixed = _static_tensors(config.activation, stats, logical) if static else {}
+    fixed = _static_tensors(config.activation, stats, logical)
     algorithm = ALGORITHMS[config.algorithm or "rtn"]
     matrices = logical.unsqueeze(0) if logical.dim() == 2 else logical
     for index, matrix in enumerate(matrices):
@@ -322,12 +321,16 @@ def _allocate(logical: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     return tensors
 
 
-def _static_tensors(activation: Activation, stats: InputStats | None, logical: Tensor) -> dict[str, Tensor]:
-    """The inner tensors of a static activation, one entry a matrix: [..., 1, 1]."""
+def _static_tensors(activation: Activation | None, stats: InputStats | None, logical: Tensor) -> dict[str, Tensor]:
+    """The inner tensors of a static activation, one entry a matrix: [..., 1, 1]. Others have none."""
+    if activation is None or not activation.static:
+        return {}
     if stats is None or stats.low is None or stats.high is None:
-        raise CalibrationError("a static activation needs the range of its inputs", hint="InputStats(low=..., high=...)")
+        raise CalibrationError(
+            "a static activation needs the range of its inputs", hint="InputStats(low=..., high=...)"
+        )
     leading = logical.shape[:-2]
-    if not stats.low.shape == stats.high.shape or stats.low.shape not in (leading, ()):
+    if stats.low.shape != stats.high.shape or stats.low.shape not in (leading, ()):
         shapes = f"{tuple(stats.low.shape)} and {tuple(stats.high.shape)}"
         raise CalibrationError(f"ranges of shape {shapes} do not fit matrices {tuple(leading)}")
     chosen = static_scale(stats.low.float(), stats.high.float(), activation)

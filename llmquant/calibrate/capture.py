@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from llmquant.calibrate.observers import Observer
 from llmquant.config.candidates import Candidate
 
-# A product -> the dimension of the weight that sums run over. The input comes right before the weight.
+# A product -> the dimension of the weight that sums run over where it comes right after the input. Matrix products may
+# have it the other way round, too.
 _PRODUCTS: dict[Callable[..., Any], int] = {F.linear: -1}
 _PRODUCTS |= {getattr(owner, name): -2 for owner in (torch, Tensor) for name in ("matmul", "mm", "bmm")}
 _PRODUCTS |= {getattr(owner, name): -2 for owner in (torch, Tensor) for name in ("addmm", "baddbmm")}
@@ -64,10 +66,15 @@ class Capture(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _show(self, summed: int, operands: list[Tensor]) -> None:
-        for x, weight in zip(operands, operands[1:], strict=False):
-            found = self._places.get(weight.data_ptr()) if weight.dim() > 1 else None
-            if found is not None and weight.stride(summed) == found.watched.step:
-                _update(found, x, weight)
+        for left, right in pairwise(operands):
+            self._show_one(left, right, summed)
+            if summed == -2 and right.dim() > 1:
+                self._show_one(right.mT, left, -1)
+
+    def _show_one(self, x: Tensor, weight: Tensor, summed: int) -> None:
+        found = self._places.get(weight.data_ptr()) if weight.dim() > 1 else None
+        if found is not None and weight.stride(summed) == found.watched.step:
+            _update(found, x, weight)
 
 
 def _update(found: _Place, x: Tensor, weight: Tensor) -> None:

@@ -107,10 +107,10 @@ def _watch(model: nn.Module, candidate: Any, observer: Callable[[], Observer]) -
     return Watched(candidate, model.get_parameter(candidate.name).detach(), [observer() for _ in range(matrices)])
 
 
-def _batches(data: Any, tokenizer: Any, windows: Mapping[str, int]) -> list[Tensor | Mapping[str, Any]]:
+def _batches(data: Any, tokenizer: Any, windows: Mapping[str, int]) -> Sequence[Tensor | Mapping[str, Any]]:
     if isinstance(data, Tensor):
         return list(data.split(1))
-    found = [data] if isinstance(data, str) else list(data)
+    found: list[Any] = [data] if isinstance(data, str) else list(data)
     if not found:
         raise CalibrationError("there is nothing to calibrate on", hint="a text, or batches of token ids")
     if not all(isinstance(item, str) for item in found):
@@ -123,7 +123,7 @@ def _batches(data: Any, tokenizer: Any, windows: Mapping[str, int]) -> list[Tens
 
 
 @contextmanager
-def _one_by_one(model: nn.Module) -> Iterator[None]:
+def _one_by_one(model: Any) -> Iterator[None]:
     """Experts of a transformers model take their tokens one expert at a time, so that each product can be seen."""
     if not hasattr(model, "get_experts_implementation"):
         yield

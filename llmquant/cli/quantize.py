@@ -64,7 +64,8 @@ def quantize(
     `-tensor` (float8 also `-b<size>`: square blocks), then `-sym` or `-asym`. For instance `int4-g64-asym`. In front
     of that, `a8-` quantizes the inputs of products to int8 too (`a8-int4-g32`); `a8` may be followed by `-g<size>` or
     `-token`, then `-sym` or `-asym`. `f8-` makes inputs float8 (`f8-float8`); it may be followed by `-g<size>`,
-    `-token` or `-tensor`. `s8-`, `s8-asym-` and `sf8-` do the same with one scale for all inputs, from a calibration run.
+    `-token` or `-tensor`. `s8-`, `s8-asym-` and `sf8-` do the same with one scale for all inputs, from a calibration
+    run.
 
     Examples:
 

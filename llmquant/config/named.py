@@ -184,8 +184,8 @@ class Float8DynamicActivationInt4WeightConfig(DynamicActivationConfig):
 class Int8StaticActivationInt8WeightConfig(StaticActivationConfig):
     """Activations and weights in eight bits: one scale for all inputs, from a calibration run, and a scale a row.
 
-    `granularity` is that of the weight, for instance `PerRow()` or `PerTensor()`; `act_granularity` can be `PerTensor()`
-    only.
+    `granularity` is that of the weight, for instance `PerRow()` or `PerTensor()`; `act_granularity` can only be
+    `PerTensor()`.
     """
 
     def __init__(

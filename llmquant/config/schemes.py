@@ -4,11 +4,12 @@ Grammar: `none | [<activation>-]<format>[-g<N>|-row|-tensor|-b<N>|-b<R>x<C>][-sy
 table (`int4`, `float8`, `float8-e5m2`, ...). What stands before it is said of activations, what follows of the weight.
 Without a suffix the format's default holds; `-b<N>` is short for blocks of N rows and N columns.
 
-An activation is `a8[-g<N>|-token][-sym|-asym]`, `f8[-g<N>|-token|-tensor]`, `s8[-sym|-asym]` or `sf8`; without one, activations stay as they
-are. `a8` quantizes the input of a product to int8 codes, anew each time: symmetric in groups of 32 of a token unless it
-says otherwise (`a8-int4-g32`, `a8-token-asym-int8`). `f8` quantizes it to float8 (e4m3) numbers, with a scale a token
-unless it says otherwise (`f8-float8`, `f8-tensor-float8-tensor`, `f8-g128-float8-b128`). `s8[-sym|-asym]` and `sf8` are their static kin, int8 and float8 with one scale for all inputs
-that a calibration run chose: `s8-int8`, `s8-asym-int8`, `sf8-float8`.
+An activation is `a8[-g<N>|-token][-sym|-asym]`, `f8[-g<N>|-token|-tensor]`, `s8[-sym|-asym]` or `sf8`; without one,
+activations stay as they are. `a8` quantizes the input of a product to int8 codes, anew each time: symmetric in groups
+of 32 of a token unless it says otherwise (`a8-int4-g32`, `a8-token-asym-int8`). `f8` quantizes it to float8 (e4m3)
+numbers, with a scale a token unless it says otherwise (`f8-float8`, `f8-tensor-float8-tensor`, `f8-g128-float8-b128`).
+`s8` and `sf8` are their static kin: int8 and float8 with one scale for all inputs, which a calibration run chose
+(`s8-int8`, `s8-asym-int8`, `sf8-float8`).
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ class Text:
 def load_text(name_or_path: str = BUILTIN, split: str = "test") -> Text:
     """Read a text by name (`builtin`, `wikitext2`) or from a UTF-8 file, byte for byte.
 
-    `split` is that of WikiText-2, `test` or `train`: what is measured on the one may learn from the other. The two names win over files of the same name: write `./builtin` for such a file.
+    `split` is that of WikiText-2, `test` or `train`: what is measured on the one may learn from the other. The two
+    names win over files of the same name: write `./builtin` for such a file.
 
     Raises:
         TextError: the text is missing, empty, not UTF-8, or cannot be downloaded.

@@ -25,7 +25,6 @@ from llmquant.config.recipe import (
 from llmquant.config.schemes import parse_scheme
 from llmquant.errors import ConfigError
 from llmquant.formats import FORMATS
-from llmquant.quantize import quantize_
 from llmquant.tensor import QuantizedTensor
 
 SHIPPED = [recipe.name for recipe in list_recipes()]
