@@ -107,7 +107,7 @@ def test_statistics_serve_the_columns_they_name(case: Case) -> None:
 
     # Of the three powers of two that are tried, statistics often pick the same.
     assert error(found) < error(without) or (case.format.scale_rules and error(found) == error(without))
-    flat = quantize_weight(plain, case.config, torch.ones(64))
+    flat = quantize_weight(plain, case.config, InputStats(torch.ones(64)))
     assert float(compute_error(plain, flat.dequantize())) == pytest.approx(
         float(compute_error(plain, without.dequantize())), abs=0.5
     )
