@@ -25,8 +25,12 @@ demo: $(STAMP)  ## quantize SmolLM2-135M with several recipes and print what eac
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(STAMP)  ## run all tests, the slow ones too
+# torchao lies beside the environment, not in it: transformers would import it wherever it finds it.
+test-slow: $(STAMP)  ## run all tests, the slow ones too, and those against torchao
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt triton
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/oracle --constraint constraints.txt torchao
+	PYTHONPATH=build/oracle $(BIN)/python -m pytest tests/primitives/test_torchao.py
 
 check: $(STAMP)  ## lint, format and type check
 	$(BIN)/ruff check .

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from llmquant.config.base import WeightOnlyConfig as WeightOnlyConfig
     from llmquant.config.fqn import FqnToConfig as FqnToConfig
     from llmquant.config.named import (
+        Float8DynamicActivationFloat8SemiSparseWeightConfig as Float8DynamicActivationFloat8SemiSparseWeightConfig,
+    )
+    from llmquant.config.named import (
         Float8DynamicActivationFloat8WeightConfig as Float8DynamicActivationFloat8WeightConfig,
     )
     from llmquant.config.named import Float8DynamicActivationInt4WeightConfig as Float8DynamicActivationInt4WeightConfig
@@ -42,7 +45,10 @@ if TYPE_CHECKING:
     from llmquant.config.named import Int8StaticActivationInt8WeightConfig as Int8StaticActivationInt8WeightConfig
     from llmquant.config.named import Int8WeightOnlyConfig as Int8WeightOnlyConfig
     from llmquant.config.named import IntxWeightOnlyConfig as IntxWeightOnlyConfig
+    from llmquant.config.named import MXDynamicActivationMXWeightConfig as MXDynamicActivationMXWeightConfig
     from llmquant.config.named import MXWeightOnlyConfig as MXWeightOnlyConfig
+    from llmquant.config.named import NF4WeightOnlyConfig as NF4WeightOnlyConfig
+    from llmquant.config.named import NVFP4DynamicActivationNVFP4WeightConfig as NVFP4DynamicActivationNVFP4WeightConfig
     from llmquant.config.named import NVFP4WeightOnlyConfig as NVFP4WeightOnlyConfig
     from llmquant.config.recipe import list_recipes as list_recipes
     from llmquant.config.recipe import load_recipe as load_recipe
@@ -76,6 +82,7 @@ _PUBLIC = {
     "llmquant.config.base": ["DynamicActivationConfig", "StaticActivationConfig", "WeightOnlyConfig"],
     "llmquant.config.fqn": ["FqnToConfig"],
     "llmquant.config.named": [
+        "Float8DynamicActivationFloat8SemiSparseWeightConfig",
         "Float8DynamicActivationFloat8WeightConfig",
         "Float8DynamicActivationInt4WeightConfig",
         "Float8StaticActivationFloat8WeightConfig",
@@ -87,7 +94,10 @@ _PUBLIC = {
         "Int8StaticActivationInt8WeightConfig",
         "Int8WeightOnlyConfig",
         "IntxWeightOnlyConfig",
+        "MXDynamicActivationMXWeightConfig",
         "MXWeightOnlyConfig",
+        "NF4WeightOnlyConfig",
+        "NVFP4DynamicActivationNVFP4WeightConfig",
         "NVFP4WeightOnlyConfig",
     ],
     "llmquant.config.recipe": ["list_recipes", "load_recipe"],

@@ -15,6 +15,7 @@ import torch
 from llmquant.errors import ConfigError
 
 if TYPE_CHECKING:
+    from llmquant.packing.spec import Packing
     from llmquant.primitives.spec import Numerics
 
 
@@ -24,7 +25,7 @@ class Format:
 
     Attributes:
         name: the scheme's stem, as users write it (`int4`, `float8-e5m2`).
-        bits: bits that one code takes in memory and on disk, 1 to 8.
+        bits: bits of one code, 1 to 8: what it takes in memory and on disk, unless the packing leaves codes out.
         storage: the kind of tensor that holds it, a key of `llmquant.tensor.STORAGE`.
         numerics_module: dotted name of the module with its `Numerics` (see `primitives.spec`).
         dtype: torch's name for one value, where it has one.
@@ -38,6 +39,8 @@ class Format:
         scale_dtypes: how scales may be stored, the first by default; empty means 16 or 32 bits, as the config says.
         scale_rules: named rules for scales, the first by default; empty where there is only one.
         tensor_scale: whether each matrix also has one float32 scale, by which its block scales are multiplied.
+        row_scale: whether each row has one.
+        packing_module: dotted name of the module with its `Packing` (see `packing.spec`).
     """
 
     name: str
@@ -55,11 +58,18 @@ class Format:
     scale_dtypes: tuple[torch.dtype, ...] = ()
     scale_rules: tuple[str, ...] = ()
     tensor_scale: bool = False
+    row_scale: bool = False
+    packing_module: str = "llmquant.packing.bits"
 
     @property
     def numerics(self) -> Numerics:
         """The functions that turn values into codes and back, imported when first needed."""
         return cast("Numerics", importlib.import_module(self.numerics_module))
+
+    @property
+    def packing(self) -> Packing:
+        """The functions that turn codes into bytes and back, imported when first needed."""
+        return cast("Packing", importlib.import_module(self.packing_module))
 
     @property
     def top_code(self) -> int:
@@ -68,7 +78,7 @@ class Format:
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of one packed row of `columns` codes; every row starts on a byte."""
-        return (columns * self.bits + 7) // 8
+        return self.packing.row_bytes(columns, self.bits)
 
 
 FORMATS: dict[str, Format] = {}
@@ -133,6 +143,21 @@ def _mx(name: str, bits: int, element: str) -> Format:
     )
 
 
+def _nf4(name: str, double_quant: bool) -> Format:
+    return Format(
+        name=name,
+        bits=4,
+        storage="scaled",
+        numerics_module="llmquant.primitives.nf4",
+        granularities=("group",),
+        group_size=64,
+        midpoint=7.0,
+        algorithms=("search", "rtn"),
+        scale_dtypes=(torch.uint8,) if double_quant else (),
+        row_scale=double_quant,
+    )
+
+
 for _bits in range(1, 9):
     register_format(_integer(_bits))
 register_format(_float8("float8", torch.float8_e4m3fn))
@@ -155,5 +180,18 @@ register_format(
         fixed_group=True,
         scale_dtypes=(torch.float8_e4m3fn,),
         tensor_scale=True,
+    )
+)
+register_format(_nf4("nf4", double_quant=True))
+register_format(_nf4("nf4-single", double_quant=False))
+register_format(
+    Format(
+        name="float8-2x4",
+        bits=8,
+        storage="semisparse",
+        numerics_module="llmquant.primitives.semisparse",
+        granularities=("row",),
+        element="e4m3fn",
+        packing_module="llmquant.packing.sparse24",
     )
 )

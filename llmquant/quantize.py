@@ -18,6 +18,7 @@ from llmquant.config.fqn import FqnToConfig, Resolution, resolve
 from llmquant.config.recipe import to_config
 from llmquant.errors import AlreadyQuantizedError, BadWeightError, CalibrationError, NothingToQuantizeError
 from llmquant.packing.bits import pack
+from llmquant.primitives.blockfloat import reach, tensor_scale
 from llmquant.primitives.blocks import block_counts, to_blocks
 from llmquant.primitives.dynamic import Activation, static_scale
 from llmquant.primitives.spec import QParams, QuantSpec, storage_dtype
@@ -316,6 +317,8 @@ def _allocate(logical: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     }
     if spec.format.tensor_scale:
         tensors["tensor_scale"] = torch.empty(*experts, 1, 1, dtype=torch.float32, device=device)
+    if spec.format.row_scale:
+        tensors["row_scale"] = torch.empty(*experts, across, 1, dtype=torch.float32, device=device)
     if spec.asymmetric:
         tensors["zero_point"] = torch.empty(*experts, across, row_bytes(along), dtype=torch.uint8, device=device)
     return tensors
@@ -353,7 +356,7 @@ def _quantize_matrix(
     """Fills the inner tensors of one [out, in] matrix, some rows at a time."""
     rows, columns = matrix.shape
     if spec.format.tensor_scale:
-        into["tensor_scale"].fill_(_tensor_scale(matrix, spec))
+        into["tensor_scale"].fill_(tensor_scale(torch.stack(torch.aminmax(matrix)).float().abs().amax(), spec))
     tall = spec.block[0]
     shared = _shared_qparams(matrix, algorithm, spec) if tall > 1 and spec.block == (rows, columns) else None
     allowed = matrix.numel() * matrix.element_size() // (2 * _BYTES_AN_ELEMENT)  # half of the weight
@@ -364,22 +367,18 @@ def _quantize_matrix(
         part = matrix[start : start + step].float().contiguous()  # sums then run in one order, however it lay
         if spec.format.tensor_scale:
             part = part / into["tensor_scale"]
+        if spec.format.row_scale:
+            outer = into["row_scale"][start : start + step]
+            part = part / outer.copy_(tensor_scale(part.abs().amax(-1, keepdim=True), spec))
         if shared is None:
             codes, qparams = algorithm(part, _importance(part, stats), spec)
             _store(qparams, spec, into, slice(start // tall, (start + step) // tall))
         else:
             x = to_blocks(part, (part.shape[0], columns))
             codes = spec.format.numerics.encode(x, shared, spec.format).reshape(part.shape)
-        into["qdata"][start : start + step] = pack(codes, spec.format.bits)
+        into["qdata"][start : start + step] = spec.format.packing.pack(codes, spec.format.bits)
     if shared is not None:
         _store(shared, spec, into, slice(None))
-
-
-def _tensor_scale(matrix: Tensor, spec: QuantSpec) -> Tensor:
-    """The scale of the whole matrix with which its largest block gets the largest block scale; never zero."""
-    largest = torch.stack(torch.aminmax(matrix)).float().abs().amax()
-    reach = torch.finfo(spec.scale_dtype).max * spec.format.numerics.largest_scaled(spec.format)
-    return (largest / reach).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _store(qparams: QParams, spec: QuantSpec, into: dict[str, Tensor], blocks: slice) -> None:
@@ -416,10 +415,9 @@ def _importance(rows: Tensor, stats: Tensor | None) -> Tensor | None:
 def _check_range(largest: float, weight: Tensor, config: QuantConfig, fqn: str | None) -> None:
     """Refuses weights so large that the stored scale would overflow."""
     spec = config.spec(*weight.shape[-2:])
-    if spec.format.tensor_scale:
+    if spec.format.tensor_scale or spec.format.row_scale:
         return  # which reaches as far as float32
-    reach = torch.finfo(spec.scale_dtype).max * spec.format.numerics.largest_scaled(spec.format)
-    if largest > reach:
+    if largest > reach(spec):
         name = str(spec.scale_dtype).removeprefix("torch.")
         raise BadWeightError(
             f"values up to {largest:.3g} need a scale that {name} cannot hold", where=fqn, hint="scale_dtype=float32"

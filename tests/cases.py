@@ -104,6 +104,24 @@ def read_codes(packed: Tensor, bits: int, length: int) -> np.ndarray:
     return np.array(codes, dtype=np.int64).reshape(*packed.shape[:-1], length)
 
 
+def read_sparse_codes(packed: Tensor, length: int) -> np.ndarray:
+    """uint8 [..., bytes] of 2:4 sparse codes -> codes [..., length], byte by byte."""
+    rows = packed.reshape(-1, packed.shape[-1]).tolist()
+    codes = np.zeros((len(rows), -(-length // 4) * 4), dtype=np.int64)
+    for row, data in enumerate(rows):
+        for four in range(codes.shape[1] // 4):
+            at, half = divmod(four, 2)
+            places = data[5 * at] >> 4 * half
+            for i in range(2):
+                codes[row, 4 * four + (places >> 2 * i) % 4] = data[5 * at + 1 + 2 * half + i]
+    return codes[:, :length].reshape(*packed.shape[:-1], length)
+
+
+def read_elements(qdata: Tensor, fmt: Format, columns: int) -> np.ndarray:
+    """The codes of a weight's elements, [..., columns], however the format packs them."""
+    return read_sparse_codes(qdata, columns) if fmt.storage == "semisparse" else read_codes(qdata, fmt.bits, columns)
+
+
 def read_float(code: int, exponent_bits: int, mantissa_bits: int) -> float:
     """The value of a small float with that many bits (and a sign), by the OCP specifications."""
     width, bias = exponent_bits + mantissa_bits, 2 ** (exponent_bits - 1) - 1
@@ -133,7 +151,13 @@ ELEMENT_BITS = {
     "mxfp8": (4, 3),
     "mxfp8-e5m2": (5, 2),
     "nvfp4": (2, 1),
+    "float8-2x4": (4, 3),
 }
+
+# The code book of QLoRA, as bitsandbytes publishes it (`bitsandbytes.functional.get_4bit_type`).
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334]
+NF4 += [-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
+NF4 += [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
 
 
 def _affine_values(codes: np.ndarray, zeros: np.ndarray | None, fmt: Format) -> np.ndarray:
@@ -142,33 +166,44 @@ def _affine_values(codes: np.ndarray, zeros: np.ndarray | None, fmt: Format) -> 
     return codes - zeros
 
 
+def _code_book(fmt: Format) -> np.ndarray:
+    """The value of each code, float64 [2^bits]."""
+    if fmt.name.startswith("nf4"):
+        return np.array(NF4).astype(np.float32).astype(np.float64)
+    return np.array([read_float(code, *ELEMENT_BITS[fmt.name]) for code in range(2**fmt.bits)])
+
+
 def _float_values(codes: np.ndarray, zeros: np.ndarray | None, fmt: Format) -> np.ndarray:
     assert zeros is None
-    table = np.array([read_float(code, *ELEMENT_BITS[fmt.name]) for code in range(2**fmt.bits)])
-    return table[codes]
+    return _code_book(fmt)[codes]
 
 
 VALUES: dict[str, Callable[[np.ndarray, np.ndarray | None, Format], np.ndarray]] = {
     "affine": _affine_values,
     "scaled": _float_values,
+    "semisparse": _float_values,
 }
 
 
 def read_scales(weight: QuantizedTensor) -> np.ndarray:
-    """The scale of each block in float64; a product with a tensor scale is rounded to float32."""
+    """The scale of each block in float64; a product with an outer scale is rounded to float32."""
     if weight.scale_dtype == torch.float8_e8m0fnu:
         return 2.0 ** (weight.scale.numpy().astype(np.float64) - 127)
-    if weight.scale_dtype != torch.float8_e4m3fn:
+    if weight.scale_dtype not in (torch.float8_e4m3fn, torch.uint8):
         return weight.scale.double().numpy()
-    table = np.array([read_float8(code, 4) for code in range(256)])
-    scale = table[weight.scale.numpy()]
-    return (scale * weight.tensor_scale.double().numpy()).astype(np.float32).astype(np.float64)  # type: ignore[attr-defined]
+    codes = weight.scale.numpy()
+    if weight.scale_dtype == torch.uint8:
+        scale, outer = codes, weight.row_scale  # type: ignore[attr-defined]
+    else:
+        scale = np.array([read_float8(code, 4) for code in range(256)])[codes]
+        outer = weight.tensor_scale  # type: ignore[attr-defined]
+    return (scale * outer.double().numpy()).astype(np.float32).astype(np.float64)
 
 
 def read(weight: QuantizedTensor) -> np.ndarray:
     """The values of a quantized tensor as it stands, float64 rounded once to float32, element by element."""
     fmt, (block_rows, block_columns), columns = weight.format, weight.meta.block, weight.meta.columns
-    codes = read_codes(weight.qdata, fmt.bits, columns)
+    codes = read_elements(weight.qdata, fmt, columns)
     rows = codes.shape[-2]
     across, along = np.arange(rows) // block_rows, np.arange(columns) // block_columns
     scale = read_scales(weight)[..., across[:, None], along[None, :]]

@@ -7,14 +7,25 @@ from pathlib import Path
 import numpy as np
 
 KINDS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1", "I8": "i1"}
-SUFFIXES = ("", "_scale", "_tensor_scale", "_zero_point", "_act_scale", "_act_zero_point")
+SUFFIXES = ("", "_scale", "_tensor_scale", "_row_scale", "_zero_point", "_act_scale", "_act_zero_point")
 FLOATS = {"float8": (4, 3), "float8-e5m2": (5, 2), "mxfp4": (2, 1), "mxfp6-e2m3": (2, 3), "mxfp6-e3m2": (3, 2)}
-FLOATS |= {"mxfp8": (4, 3), "mxfp8-e5m2": (5, 2), "nvfp4": (2, 1)}  # exponent and mantissa bits
+FLOATS |= {"mxfp8": (4, 3), "mxfp8-e5m2": (5, 2), "nvfp4": (2, 1), "float8-2x4": (4, 3)}  # exponent and mantissa bits
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334]
+NF4 += [-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
+NF4 += [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
 
 
 def read_codes(rows: np.ndarray, bits: int, length: int) -> np.ndarray:
     stream = np.unpackbits(rows, axis=-1, count=length * bits, bitorder="little")
     return stream.reshape(*rows.shape[:-1], length, bits) @ (1 << np.arange(bits))
+
+
+def read_sparse_codes(rows: np.ndarray, bits: int, length: int) -> np.ndarray:
+    units = np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % 5)]).reshape(*rows.shape[:-1], -1, 5)
+    places = units[..., :1] >> np.array([0, 2, 4, 6]) & 3
+    codes = np.zeros((*units.shape[:-1], 8), dtype=np.int64)
+    np.put_along_axis(codes, places + np.array([0, 0, 4, 4]), units[..., 1:].astype(np.int64), -1)
+    return codes.reshape(*rows.shape[:-1], -1)[..., :length]
 
 
 def read_float(codes: np.ndarray, exponent_bits: int, width: int) -> np.ndarray:
@@ -30,17 +41,21 @@ def read_scales(fqn: str, kind: str, tensors: dict) -> np.ndarray:
         return np.ldexp(np.float32(1), stored.astype(int) - 127)
     if kind == "float8_e4m3fn":
         return read_float(stored, 4, 3).astype(np.float32) * tensors[f"{fqn}_tensor_scale"]
+    if kind == "uint8":
+        return stored.astype(np.float32) * tensors[f"{fqn}_row_scale"]
     return stored.astype(np.float32)
 
 
 def read_weight(fqn: str, entry: dict, tensors: dict) -> np.ndarray:
     *_, rows, columns = entry["shape"][:-2] + entry["shape"][-2:][:: -1 if entry["transposed"] else 1]
     bits, across, along = entry["bits"], np.arange(rows) // entry["block"][0], np.arange(columns) // entry["block"][1]
-    values = read_codes(tensors[fqn][..., 0], bits, columns)
+    values = (read_sparse_codes if entry["format"] == "float8-2x4" else read_codes)(tensors[fqn][..., 0], bits, columns)
     if entry["asymmetric"]:
         values = values - read_codes(tensors[f"{fqn}_zero_point"], bits, along[-1] + 1)[..., across[:, None], along]
     elif entry["format"] in FLOATS:
         values = read_float(values, *FLOATS[entry["format"]])
+    elif entry["format"].startswith("nf4"):
+        values = np.array(NF4)[values]
     else:
         values = values - (0.5 if bits == 1 else 2 ** (bits - 1))
     values = values.astype(np.float32) * read_scales(fqn, entry["scale_dtype"], tensors)[..., across[:, None], along]

@@ -20,7 +20,14 @@ families = pytest.mark.parametrize("family", FAMILIES)
 
 # Scheme -> how far from the plain model's it may move the logits, in parts of their norm.
 # An error that makes tokens choose other experts moves them far.
-SCHEMES = {"int4-g32": (0.02, 0.6), "int3-g32": (0.05, 0.8), "float8": (0.005, 0.3), "a8-token-int8": (0.001, 0.3)}
+SCHEMES = {
+    "int4-g32": (0.02, 0.6),
+    "int3-g32": (0.05, 0.8),
+    "float8": (0.005, 0.3),
+    "nvfp4": (0.02, 0.6),
+    "a8-token-int8": (0.001, 0.3),
+    "mxfp8-mxfp8": (0.005, 0.4),
+}
 
 
 def everything(scheme: str) -> Any:

@@ -10,6 +10,7 @@ import torch
 from llmquant.algorithms import ALGORITHMS
 from llmquant.errors import ConfigError
 from llmquant.formats import FORMATS, get_format, register_format
+from llmquant.packing import bits as dense
 from llmquant.primitives.granularity import MappingType
 from llmquant.primitives.spec import QParams, QuantSpec
 from llmquant.tensor import STORAGE
@@ -36,7 +37,9 @@ def test_rows_are_complete(name: str) -> None:
 @pytest.mark.parametrize("columns", [0, 1, 7, 8, 9, 576])
 def test_row_bytes(name: str, columns: int) -> None:
     row = FORMATS[name]
-    assert row.row_bytes(columns) * 8 - columns * row.bits in range(8)
+    if row.packing is dense:
+        assert row.row_bytes(columns) * 8 - columns * row.bits in range(8)
+    assert row.row_bytes(columns) == row.packing.pack(torch.zeros(2, columns, dtype=torch.uint8), row.bits).shape[-1]
 
 
 @every_row
@@ -69,6 +72,14 @@ def test_microscaling_and_nvfp4_are_there() -> None:
     row = FORMATS["nvfp4"]
     assert (row.bits, row.group_size, row.tensor_scale) == (4, 16, True)
     assert row.scale_dtypes == (torch.float8_e4m3fn,)
+
+
+def test_normal_floats_and_two_of_four_are_there() -> None:
+    for name, double in {"nf4": True, "nf4-single": False}.items():
+        row = FORMATS[name]
+        assert (row.bits, row.group_size, row.row_scale, row.scale_dtypes == (torch.uint8,)) == (4, 64, double, double)
+    row = FORMATS["float8-2x4"]
+    assert (row.bits, row.row_bytes(4096), row.granularities) == (8, 2048 + 512, ("row",))
 
 
 def test_widths_one_to_eight_and_two_float8s_are_there() -> None:

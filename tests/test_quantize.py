@@ -117,9 +117,12 @@ def test_statistics_serve_the_columns_they_name(case: Case) -> None:
 def test_zeros_and_constants(case: Case) -> None:
     assert torch.equal(case.quantize(torch.zeros(3, 70)).dequantize(), torch.zeros(3, 70))
     for value in (0.5, -0.03):
-        found = case.quantize(torch.full((3, 70), value)).dequantize()
+        plain = torch.full((3, 70), value)
+        found = case.quantize(plain).dequantize()
         mantissa_bits = ELEMENT_BITS[case.format.name][1] if case.format.scale_rules else 8
-        torch.testing.assert_close(found, torch.full((3, 70), value), rtol=2.0 ** -(mantissa_bits + 1), atol=0)
+        if case.format.storage == "semisparse":
+            plain[:, torch.arange(70) % 4 >= 2] = 0  # of equals the first are kept
+        torch.testing.assert_close(found, plain, rtol=2.0 ** -(mantissa_bits + 1), atol=0)
 
 
 def test_nothing_remembers_the_plain_weight() -> None:
@@ -414,7 +417,8 @@ def test_every_format_through_a_model(case: Case, dtype: torch.dtype) -> None:
     report = quantize_(model, {"_embedding": case.scheme, "_head": case.scheme, "_default": case.scheme})
     assert len(report.quantized) == 3 and {p.dtype for p in model.parameters()} == {dtype}
     lost = float(compute_error(plain, model(torch.arange(6)).detach().double()))
-    assert lost > {1: -3, 2: 0, 3: 5, 4: 10}.get(case.format.bits, 15)
+    least = {1: -3, 2: 0, 3: 5, 4: 10}.get(case.format.bits, 15)
+    assert lost > (0 if case.format.storage == "semisparse" else least)
 
 
 def test_more_bits_are_closer() -> None:

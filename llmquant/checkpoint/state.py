@@ -80,6 +80,8 @@ def expected(fqn: str, described: Mapping[str, Any]) -> dict[str, tuple[torch.dt
     }
     if fmt.tensor_scale:
         found[component_key(fqn, "tensor_scale")] = (torch.float32, (*experts, 1, 1))
+    if fmt.row_scale:
+        found[component_key(fqn, "row_scale")] = (torch.float32, (*experts, across, 1))
     if asymmetric:
         found[component_key(fqn, "zero_point")] = (torch.uint8, (*experts, across, fmt.row_bytes(along)))
     if activation is not None and activation.static:

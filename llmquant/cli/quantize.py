@@ -65,7 +65,8 @@ def quantize(
     of that, `a8-` quantizes the inputs of products to int8 too (`a8-int4-g32`); `a8` may be followed by `-g<size>` or
     `-token`, then `-sym` or `-asym`. `f8-` makes inputs float8 (`f8-float8`); it may be followed by `-g<size>`,
     `-token` or `-tensor`. `s8-`, `s8-asym-` and `sf8-` do the same with one scale for all inputs, from a calibration
-    run.
+    run. The prototypes `mxfp8`, `mxfp4`, `nvfp4` and their like are formats, and in front of one they say it of inputs
+    (`mxfp8-mxfp8`, `nvfp4-nvfp4`).
 
     Examples:
 

@@ -81,10 +81,7 @@ class MXWeightOnlyConfig(WeightOnlyConfig):
     """
 
     def __init__(self, format: str = "mxfp4", scale_rule: str = "floor", search: bool = True) -> None:
-        if not get_format(format).scale_rules:
-            known = ", ".join(name for name, row in FORMATS.items() if row.scale_rules)
-            raise ConfigError(f"{format} is no MX format", hint=f"one of {known}")
-        super().__init__(format, algorithm=_search_or_not(search), scale_rule=scale_rule)
+        super().__init__(_mx(format), algorithm=_search_or_not(search), scale_rule=scale_rule)
 
 
 class NVFP4WeightOnlyConfig(WeightOnlyConfig):
@@ -96,6 +93,27 @@ class NVFP4WeightOnlyConfig(WeightOnlyConfig):
 
     def __init__(self, search: bool = True) -> None:
         super().__init__("nvfp4", algorithm=_search_or_not(search))
+
+
+class NF4WeightOnlyConfig(WeightOnlyConfig):
+    """NF4 (QLoRA): the sixteen values of NormalFloat, groupwise.
+
+    Args:
+        double_quant: whether scales are codes of eight bits under a float32 scale of the row; else they are floats.
+        group_size: neighbours along a row that share a scale.
+        scale_dtype: of the scales without double quantization, float16 by default.
+        search: whether scales around the largest magnitude of a group are tried, too.
+    """
+
+    def __init__(
+        self,
+        double_quant: bool = True,
+        group_size: int = 64,
+        scale_dtype: torch.dtype | None = None,
+        search: bool = True,
+    ) -> None:
+        name = "nf4" if double_quant else "nf4-single"
+        super().__init__(name, PerGroup(group_size), scale_dtype=scale_dtype, algorithm=_search_or_not(search))
 
 
 class Int8DynamicActivationInt4WeightConfig(DynamicActivationConfig):
@@ -166,6 +184,21 @@ class Float8DynamicActivationFloat8WeightConfig(DynamicActivationConfig):
         super().__init__(name, weight, scale_dtype=scale_dtype, activation=activation)
 
 
+class Float8DynamicActivationFloat8SemiSparseWeightConfig(DynamicActivationConfig):
+    """Activations and weights as float8 numbers, and two of four neighbours along a row of the weight dropped (2:4).
+
+    A prototype: those of least magnitude go, whatever they mean to the model; training afterwards is not here yet.
+    """
+
+    def __init__(
+        self,
+        act_granularity: Granularity = PerToken(),  # noqa: B008  (frozen)
+        scale_dtype: torch.dtype | None = None,
+    ) -> None:
+        activation = Activation.of(act_granularity, dtype=FLOAT8)
+        super().__init__("float8-2x4", scale_dtype=scale_dtype, activation=activation)
+
+
 class Float8DynamicActivationInt4WeightConfig(DynamicActivationConfig):
     """Activations as float8 numbers, weights in four bits, groupwise."""
 
@@ -218,6 +251,37 @@ class Float8StaticActivationFloat8WeightConfig(StaticActivationConfig):
         super().__init__(name, granularity, scale_dtype=scale_dtype, activation=activation)
 
 
+class MXDynamicActivationMXWeightConfig(DynamicActivationConfig):
+    """Microscaling on both sides, a prototype: activations are rounded to MX blocks of 32 anew for every input.
+
+    Args:
+        format: of weights: `mxfp8` (e4m3), `mxfp8-e5m2`, `mxfp6-e2m3`, `mxfp6-e3m2` or `mxfp4`.
+        act_format: of activations; None is that of the weights.
+        scale_rule: of both sides: `floor` (that of the OCP specification), `ceil`, `even`, or `rceil` (as in torchao).
+        search: whether the scales of weights next to that of the rule are tried, too. Those of activations never are.
+    """
+
+    def __init__(
+        self, format: str = "mxfp8", act_format: str | None = None, scale_rule: str = "floor", search: bool = True
+    ) -> None:
+        activation = Activation.default(_mx(act_format or format), scale_rule)
+        super().__init__(_mx(format), algorithm=_search_or_not(search), activation=activation, scale_rule=scale_rule)
+
+
+class NVFP4DynamicActivationNVFP4WeightConfig(DynamicActivationConfig):
+    """NVFP4 on both sides, a prototype: activations are rounded to e2m1 blocks of 16 anew for every input.
+
+    Args:
+        search: whether the block scales of weights around that of the rule are tried, too.
+        act_granularity: what shares the float32 scale of activations: `PerTensor()`, as in torchao, all tokens of an
+            input, so that a token's result depends on its neighbours; `PerToken()` a token.
+    """
+
+    def __init__(self, search: bool = True, act_granularity: Granularity = PerTensor()) -> None:  # noqa: B008  (frozen)
+        activation = Activation.of(act_granularity, dtype="nvfp4")
+        super().__init__("nvfp4", algorithm=_search_or_not(search), activation=activation)
+
+
 def _format_of(dtype: torch.dtype, storage: str) -> str:
     rows = {row.dtype: row.name for row in FORMATS.values() if row.storage == storage and row.dtype}
     if dtype not in rows:
@@ -233,6 +297,14 @@ def _of_tokens(granularity: Granularity) -> Granularity:
         case PerGroup(size) | PerBlock((_, size)):
             return PerTokenGroup(size)
     return granularity
+
+
+def _mx(name: str) -> str:
+    """The name of an MX format, or a `ConfigError`."""
+    if not get_format(name).scale_rules:
+        known = ", ".join(name for name, row in FORMATS.items() if row.scale_rules)
+        raise ConfigError(f"{name} is no MX format", hint=f"one of {known}")
+    return name
 
 
 def _search_or_not(search: bool) -> str:

@@ -46,7 +46,7 @@ def recipe_folder() -> Path:
 
 def list_recipes() -> list[Recipe]:
     """All recipes that ship with the library, by name."""
-    return [load_recipe(path) for path in sorted(recipe_folder().glob("*.yaml"))]
+    return [load_recipe(path) for path in sorted(recipe_folder().glob("*.yaml"), key=lambda path: path.stem)]
 
 
 def load_recipe(source: str | Path) -> Recipe:

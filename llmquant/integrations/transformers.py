@@ -20,6 +20,8 @@ from llmquant.config.base import QuantConfig
 from llmquant.config.candidates import Candidate, flat_experts
 from llmquant.config.fqn import FqnToConfig
 from llmquant.errors import BadWeightError, CheckpointError, ConfigError, ModelNotFoundError
+from llmquant.integrations import sharding
+from llmquant.primitives.spec import QuantSpec
 from llmquant.quantize import (
     AFTER_QUANTIZE,
     QuantizationReport,
@@ -130,7 +132,16 @@ class LlmQuantizer(HfQuantizer):
                 for fqn in candidate.fqns:
                     self._chosen[fqn] = (candidate, config)
             self.report.skipped, self.report.warnings = plan.skipped(model), plan.resolution.warnings
+        sharding.load_whole(model, lambda name: self._layout(name, model))
         return model
+
+    def _layout(self, name: str, model: Any) -> sharding.Layout | None:
+        if name in self._chosen:
+            candidate, config = self._chosen[name]
+            return sharding.Layout(_spec(candidate, config).block, candidate.transposed)
+        fqn = _fqn(name, model, self.quantization_config.weights)
+        described = self.quantization_config.weights.get(fqn) if self.pre_quantized else None
+        return sharding.Layout(tuple(described["block"]), described["transposed"]) if described else None
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is to be quantized while it is loaded, or arrives quantized."""
@@ -144,9 +155,10 @@ class LlmQuantizer(HfQuantizer):
             return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in sizes) / max(param.numel(), 1)
         if param_name in self._chosen:
             candidate, config = self._chosen[param_name]
-            spec = config.spec(*(candidate.shape[:-3:-1] if candidate.transposed else candidate.shape[-2:]))
+            spec = _spec(candidate, config)
+            columns = candidate.shape[-2 if candidate.transposed else -1]
             block = spec.block[0] * spec.block[1]
-            return spec.format.bits / 8 + spec.scale_dtype.itemsize / max(block, 1)
+            return spec.format.row_bytes(columns) / columns + spec.scale_dtype.itemsize / max(block, 1)
         return param.element_size()
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -169,20 +181,22 @@ class LlmQuantizer(HfQuantizer):
         )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        sharding.loaded(model)
         if self._failure is not None:
             raise self._failure
         self._quantize_the_rest(model)
         # Saving writes the model's own names again, so there is nothing to revert.
         model._weight_conversions = []
         if not self.pre_quantized:
-            self.report.bytes_after = sum(p.nbytes for p in model.parameters())
+            self.report.bytes_after = sum(sharding.local(p).nbytes for p in model.parameters())
         return model
 
     def _quantize_the_rest(self, model: Any) -> None:
         """Weights that did not pass through `get_quantize_ops` (absent from the file, or split from another)."""
         for fqn, (candidate, _) in self._chosen.items():
             weight = model.get_parameter(fqn)
-            if fqn == candidate.name and not isinstance(weight, QuantizedTensor):
+            if fqn == candidate.name and not isinstance(sharding.local(weight), QuantizedTensor):
+                sharding.refuse_sharded(fqn, weight)
                 replace_weight(model, candidate.fqns, self.quantize(fqn, weight))
 
     def quantize(self, fqn: str, weight: Tensor) -> QuantizedTensor:
@@ -214,6 +228,7 @@ class LlmQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Plain tensors under the model's own names, and what binds each shard to config.json."""
+        sharding.refuse_to_save(model)
         tensors, entries = state_dict(model)
         manifest = self.quantization_config.renew(entries)
         model.config.quantization_config = self.quantization_config
@@ -264,7 +279,8 @@ class _Quantize(ConversionOps):
         dtype = model.get_parameter(fqn).dtype
         value = value if value.dtype == dtype else value.to(dtype)
         try:
-            return nn.Parameter(self.quantizer.quantize(fqn, value), requires_grad=False)
+            weight = self.quantizer.quantize(fqn, value)
+            return nn.Parameter(_own_part(weight, model, fqn), requires_grad=False)
         except BadWeightError as error:
             # Raised here, it would end in a log and a RuntimeError of transformers; it is raised after the loading.
             self.quantizer._failure = self.quantizer._failure or error
@@ -284,10 +300,12 @@ class _Assemble(ConversionOps):
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         name, model = kwargs["full_layer_name"], kwargs["model"]
         entries = self.hf_quantizer.quantization_config.weights
-        fqn = name if name in entries else _with_prefix(name, model, entries)
+        fqn = _fqn(name, model, entries)
+        if fqn not in entries:
+            raise CheckpointError("the manifest does not list this weight", where=name)
         tensors = {component_key(fqn, field): tensors[0] for field, tensors in input_dict.items()}
         weight = assemble(fqn, entries[fqn], tensors, model.get_parameter(name).dtype)
-        return {name: nn.Parameter(weight, requires_grad=False)}
+        return {name: nn.Parameter(_own_part(weight, model, name), requires_grad=False)}
 
 
 class _Keys(dict[str, tuple[str, str]]):
@@ -315,13 +333,21 @@ class _Gather(WeightConverter):
         return self.keys.get(source_key, (source_key, None))
 
 
-def _with_prefix(name: str, model: Any, entries: Mapping[str, Any]) -> str:
+def _fqn(name: str, model: Any, entries: Mapping[str, Any]) -> str:
     """The manifest's name of a parameter, where a base model is loaded from a model with a head or the reverse."""
+    if name in entries:
+        return name
     prefix = f"{model.base_model_prefix}."
-    found = prefix + name if prefix + name in entries else name.removeprefix(prefix)
-    if found not in entries:
-        raise CheckpointError("the manifest does not list this weight", where=name)
-    return found
+    return prefix + name if prefix + name in entries else name.removeprefix(prefix)
+
+
+def _spec(candidate: Candidate, config: QuantConfig) -> QuantSpec:
+    return config.spec(*(candidate.shape[:-3:-1] if candidate.transposed else candidate.shape[-2:]))
+
+
+def _own_part(weight: QuantizedTensor, model: nn.Module, fqn: str) -> QuantizedTensor:
+    path, _, name = fqn.rpartition(".")
+    return sharding.own_part(weight, model.get_submodule(path), name)
 
 
 def attach(model: nn.Module, config: FqnToConfig, report: QuantizationReport | None = None) -> None:

@@ -18,6 +18,7 @@ from llmquant.primitives import dynamic
 from llmquant.primitives.blocks import block_counts
 from llmquant.primitives.dynamic import (
     ALL_TOKENS,
+    FLOAT8,
     INT8,
     Activation,
     StaticScale,
@@ -25,7 +26,6 @@ from llmquant.primitives.dynamic import (
     quantize_activation,
 )
 
-_STATIC = "Tensor act_scale, Tensor? act_zero_point"
 _PACKED = "Tensor qdata, Tensor scale, Tensor? zero_point, str format, int[2] block, SymInt columns"
 
 LIBRARY = torch.library.Library("llmquant", "DEF")
@@ -33,9 +33,12 @@ LIBRARY.define(f"linear(Tensor x, {_PACKED}, Tensor? bias=None) -> Tensor")
 LIBRARY.define(
     f"linear_int8(Tensor x, {_PACKED}, int activation_group, bool activation_asymmetric, Tensor? bias=None) -> Tensor"
 )
-LIBRARY.define(f"linear_int8_static(Tensor x, {_PACKED}, {_STATIC}, Tensor? bias=None) -> Tensor")
-LIBRARY.define("fake_quantize(Tensor x, int group, bool asymmetric, str dtype) -> Tensor")
-LIBRARY.define(f"fake_quantize_static(Tensor x, {_STATIC}, str dtype) -> Tensor")
+LIBRARY.define(
+    f"linear_int8_static(Tensor x, {_PACKED}, Tensor act_scale, Tensor? act_zero_point, Tensor? bias=None) -> Tensor"
+)
+LIBRARY.define(f"linear_float8(Tensor x, {_PACKED}, int activation_group, Tensor? bias=None) -> Tensor")
+LIBRARY.define(f"linear_float8_static(Tensor x, {_PACKED}, Tensor act_scale, Tensor? bias=None) -> Tensor")
+LIBRARY.define('fake_quantize(Tensor x, int group, bool asymmetric, str dtype, str scale_rule="") -> Tensor')
 LIBRARY.define(f"matmul(Tensor x, {_PACKED}) -> Tensor")
 LIBRARY.define(f"embedding(Tensor indices, {_PACKED}, ScalarType dtype) -> Tensor")
 
@@ -56,9 +59,22 @@ def linear_int8(
     codes stand for it."""
     if _nobody_watches(x, weight, bias):
         return _linear_int8(x, weight, activation, bias, static)
+    _check_static("linear_int8", activation, static)
     if static is not None:
         return torch.ops.llmquant.linear_int8_static(x, *weight, *static, bias)
     return torch.ops.llmquant.linear_int8(x, *weight, activation.group, activation.asymmetric, bias)
+
+
+def linear_float8(
+    x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None = None, static: StaticScale | None = None
+) -> Tensor:
+    """`linear` of x in float8 codes (see `primitives.dynamic`), with `static` and gradients as in `linear_int8`."""
+    if _nobody_watches(x, weight, bias):
+        return _linear_float8(x, weight, activation, bias, static)
+    _check_static("linear_float8", activation, static)
+    if static is not None:
+        return torch.ops.llmquant.linear_float8_static(x, *weight, static.scale, bias)
+    return torch.ops.llmquant.linear_float8(x, *weight, activation.group, bias)
 
 
 def linear_as(
@@ -68,21 +84,25 @@ def linear_as(
     bias: Tensor | None = None,
     static: StaticScale | None = None,
 ) -> Tensor:
-    """`linear` of x as the weight asks for it: as it is, in int8 codes, or as what its codes of another dtype mean."""
+    """`linear` of x as the weight asks for it: as it is, in codes of its dtype, or as what such codes mean."""
     if activation is None:
         return linear(x, weight, bias)
-    if activation.dtype == INT8:
-        return linear_int8(x, weight, activation, bias, static)
-    return linear(fake_quantize(x, activation, static), weight, bias)
+    if activation.dtype in (INT8, FLOAT8):
+        product = linear_int8 if activation.dtype == INT8 else linear_float8
+        return product(x, weight, activation, bias, static)
+    return linear(fake_quantize(x, activation), weight, bias)
 
 
-def fake_quantize(x: Tensor, activation: Activation, static: StaticScale | None = None) -> Tensor:
-    """x [..., K] -> what its codes stand for, in x's dtype (see `primitives.dynamic`); its gradient is theirs."""
+def fake_quantize(x: Tensor, activation: Activation) -> Tensor:
+    """x [..., K] -> what its codes stand for, in x's dtype (see `primitives.dynamic`); its gradient is theirs.
+
+    Not for static activations."""
     if _nobody_watches(x):
-        return _fake_quantize(x, activation, static)
-    if static is not None:
-        return torch.ops.llmquant.fake_quantize_static(x, *static, activation.dtype)
-    return torch.ops.llmquant.fake_quantize(x, activation.group, activation.asymmetric, activation.dtype)
+        return _fake_quantize(x, activation)
+    _check_static("fake_quantize", activation, None)
+    return torch.ops.llmquant.fake_quantize(
+        x, activation.group, activation.asymmetric, activation.dtype, activation.scale_rule
+    )
 
 
 def matmul(x: Tensor, weight: Packed) -> Tensor:
@@ -98,12 +118,12 @@ def embedding(indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
 
 
 def _nobody_watches(x: Tensor, weight: Packed | None = None, bias: Tensor | None = None) -> bool:
-    """Whether a call may go straight to the backend: plain CPU tensors, and no autograd, tracer, transform or profiler
+    """Whether a call may go straight to the backend: plain tensors, and no autograd, tracer, transform or profiler
     that wants to see an operator. Going through torch's dispatcher would cost several microseconds a call."""
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
-        and x.is_cpu
+        and (x.is_cpu or x.is_cuda)
         and not (torch.is_grad_enabled() and _learns(x, weight, bias))
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -152,15 +172,21 @@ def _check_float_input(name: str, x: Tensor, width: int) -> None:
         raise RuntimeError(f"llmquant::{name}: input {tuple(x.shape)} does not end in {width}")
 
 
+def _check_device(name: str, x: Tensor, weight: Packed) -> None:
+    if x.device != weight.qdata.device:  # kernels would read addresses of another memory
+        raise RuntimeError(f"llmquant::{name}: the input lies on {x.device}, the weight on {weight.qdata.device}")
+
+
 def _check_linear(name: str, x: Tensor, weight: Packed, bias: Tensor | None) -> None:
     check_packed(weight)
     _check_float_input(name, x, weight.columns)
+    _check_device(name, x, weight)
     if bias is not None and bias.shape != (weight.rows,):
         raise RuntimeError(f"llmquant::{name}: bias {tuple(bias.shape)} does not fit {weight.rows} rows")
 
 
 def _linear_op(x: Tensor, *args: Any) -> Tensor:
-    return _linear(x, Packed(*args[:6]), args[6] if len(args) > 6 else None)
+    return _linear(x, Packed.passing(*args[:6]), args[6] if len(args) > 6 else None)
 
 
 def _linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
@@ -169,12 +195,13 @@ def _linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
 
 
 def _linear_int8_op(x: Tensor, *args: Any) -> Tensor:
-    return _linear_int8(x, Packed(*args[:6]), Activation(*args[6:8]), args[8] if len(args) > 8 else None)
+    return _linear_int8(x, Packed.passing(*args[:6]), Activation(*args[6:8]), args[8] if len(args) > 8 else None)
 
 
 def _linear_int8_static_op(x: Tensor, *args: Any) -> Tensor:
     static = StaticScale(*args[6:8])
-    return _linear_int8(x, Packed(*args[:6]), _static(static), args[8] if len(args) > 8 else None, static)
+    weight, bias = Packed.passing(*args[:6]), args[8] if len(args) > 8 else None
+    return _linear_int8(x, weight, _static(static), bias, static)
 
 
 def _linear_int8(
@@ -202,31 +229,48 @@ def _check_static(name: str, activation: Activation, static: StaticScale | None)
         raise RuntimeError(f"llmquant::{name}: {activation.scheme} does not go with scale and zero point {found}")
 
 
+def _linear_float8_op(x: Tensor, *args: Any) -> Tensor:
+    activation = Activation(args[6], dtype=FLOAT8)
+    return _linear_float8(x, Packed.passing(*args[:6]), activation, args[7] if len(args) > 7 else None)
+
+
+def _linear_float8_static_op(x: Tensor, *args: Any) -> Tensor:
+    static = StaticScale(args[6])
+    weight, bias = Packed.passing(*args[:6]), args[7] if len(args) > 7 else None
+    return _linear_float8(x, weight, _static(static, FLOAT8), bias, static)
+
+
+def _linear_float8(
+    x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None, static: StaticScale | None = None
+) -> Tensor:
+    _check_linear("linear_float8", x, weight, bias)
+    if activation.dtype != FLOAT8:
+        raise RuntimeError(f"llmquant::linear_float8 takes no activations in {activation.dtype}")
+    _check_static("linear_float8", activation, static)
+    return registry.backend(weight).linear_float8(x, weight, activation, bias, static)
+
+
 def _fake_quantize_op(x: Tensor, *args: Any) -> Tensor:
     return _fake_quantize(x, Activation(*args))
 
 
-def _fake_quantize_static_op(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: str) -> Tensor:
-    static = StaticScale(scale, zero_point)
-    return _fake_quantize(x, _static(static, dtype), static)
-
-
-def _fake_quantize(x: Tensor, activation: Activation, static: StaticScale | None = None) -> Tensor:
+def _fake_quantize(x: Tensor, activation: Activation) -> Tensor:
     if not x.is_floating_point() or x.dim() < 1:
         raise RuntimeError(f"llmquant::fake_quantize needs floating tokens, not {x.dtype} {tuple(x.shape)}")
-    _check_static("fake_quantize", activation, static)
-    return dynamic.fake_quantize(x, activation, static)
+    _check_static("fake_quantize", activation, None)
+    return dynamic.fake_quantize(x, activation)
 
 
 def _matmul(x: Tensor, *args: Any) -> Tensor:
-    weight = Packed(*args)
+    weight = Packed.passing(*args)
     check_packed(weight)
     _check_float_input("matmul", x, weight.rows)
+    _check_device("matmul", x, weight)
     return registry.backend(weight).matmul(x, weight)
 
 
 def _embedding_op(indices: Tensor, *args: Any) -> Tensor:
-    return _embedding(indices, Packed(*args[:6]), args[6])
+    return _embedding(indices, Packed.passing(*args[:6]), args[6])
 
 
 def _embedding(indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
@@ -235,6 +279,7 @@ def _embedding(indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
         indices.dtype in (torch.int32, torch.int64),
         lambda: f"llmquant::embedding: indices must be int32 or int64, not {indices.dtype}",
     )
+    _check_device("embedding", indices, weight)
     return registry.backend(weight).embedding(indices, weight, dtype)
 
 
@@ -256,7 +301,7 @@ def _embedding_fake(indices: Tensor, *args: Any) -> Tensor:
 
 def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keeps the weight, which every operator takes second, and what the gradients of its parameters need."""
-    ctx.weight = Packed(*inputs[1:7])
+    ctx.weight = Packed.passing(*inputs[1:7])
     ctx.count = len(inputs)
     ctx.trains = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
     if ctx.trains:  # scale and zero point only so that autograd notices if they change before backward
@@ -280,13 +325,24 @@ def _save_linear_int8_static(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
     ctx.activation = _static(ctx.static)
 
 
+def _save_linear_float8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save_linear(ctx, inputs, output)
+    ctx.activation = Activation(inputs[7], dtype=FLOAT8)
+
+
+def _save_linear_float8_static(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save_linear(ctx, inputs, output)
+    ctx.static = StaticScale(inputs[7])
+    ctx.activation = _static(ctx.static, FLOAT8)
+
+
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = matmul(grad, ctx.weight) if ctx.needs_input_grad[0] else None
     trained = None
     if ctx.trains:
         x = ctx.saved_tensors[0]
         if ctx.activation is not None:
-            x = dequantize_activation(quantize_activation(x, ctx.activation, ctx.static), ctx.activation)
+            x = _seen(x, ctx.activation, ctx.static)
         trained = reference.qparams_gradients(grad, x, ctx.weight)
     grads = _in_order(ctx, grad_x, trained)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[-1]:
@@ -294,8 +350,15 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(grads)
 
 
+def _seen(x: Tensor, activation: Activation, static: StaticScale | None) -> Tensor:
+    """x as products meet it."""
+    if activation.dtype == FLOAT8:
+        return dynamic.fake_quantize(x, activation, static)
+    return dequantize_activation(quantize_activation(x, activation, static), activation)
+
+
 def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return grad, None, None, None
+    return grad, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -322,8 +385,9 @@ for _name, _impl, _fake in (
     ("linear", _linear_op, _linear_fake),
     ("linear_int8", _linear_int8_op, _linear_fake),
     ("linear_int8_static", _linear_int8_static_op, _linear_fake),
+    ("linear_float8", _linear_float8_op, _linear_fake),
+    ("linear_float8_static", _linear_float8_static_op, _linear_fake),
     ("fake_quantize", _fake_quantize_op, _fake_quantize_fake),
-    ("fake_quantize_static", _fake_quantize_static_op, _fake_quantize_fake),
     ("matmul", _matmul, _matmul_fake),
     ("embedding", _embedding_op, _embedding_fake),
 ):
@@ -333,9 +397,10 @@ for _name, _save, _backward in (
     ("linear", _save_linear, _linear_backward),
     ("linear_int8", _save_linear_int8, _linear_backward),
     ("linear_int8_static", _save_linear_int8_static, _linear_backward),
+    ("linear_float8", _save_linear_float8, _linear_backward),
+    ("linear_float8_static", _save_linear_float8_static, _linear_backward),
     ("matmul", _save_weight, _matmul_backward),
     ("embedding", _save_weight, _embedding_backward),
 ):
     torch.library.register_autograd(f"llmquant::{_name}", _backward, setup_context=_save, lib=LIBRARY)
-for _name in ("fake_quantize", "fake_quantize_static"):
-    torch.library.register_autograd(f"llmquant::{_name}", _straight_through, lib=LIBRARY)
+torch.library.register_autograd("llmquant::fake_quantize", _straight_through, lib=LIBRARY)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,9 +22,9 @@ class _Fields(NamedTuple):
 
 
 class Packed(_Fields):
-    """A logical [N, K] matrix in the neutral layout. Backends keep in it what they work out once.
+    """A logical [N, K] matrix in the neutral layout. Backends keep in it what they work out once (see `passing`).
 
-    qdata: uint8 [N, ceil(K * bits / 8)].
+    qdata: uint8 [N, ceil(K * bits / 8)], or what else the format's packing makes of K columns.
     scale: [ceil(N / block rows), ceil(K / block columns)].
     zero_point: uint8, packed along its rows at the format's bits, or None. While zero points are trained they may be
         real numbers instead: a float tensor of the scale's shape, which only the reference serves.
@@ -37,6 +37,18 @@ class Packed(_Fields):
     def rows(self) -> int:
         """N."""
         return self.qdata.shape[0]
+
+    @classmethod
+    def passing(cls, *fields: Any) -> Packed:
+        """A matrix that lives for one call: what costs more than it saves in one is not worked out for it."""
+        made = cls(*fields)
+        made.__dict__["passing"] = True
+        return made
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether it was made by `passing`."""
+        return "passing" in self.__dict__
 
     def panel(self, start: int, stop: int) -> Packed:
         """Rows start..stop as views; `start` must lie on a block's edge."""
@@ -58,7 +70,7 @@ class Packed(_Fields):
     def dequantize(self) -> Tensor:
         """The matrix, float32 [N, K], exactly as the format defines it; differentiable in scale and real zeros."""
         fmt = get_format(self.format)
-        codes = to_blocks(unpack(self.qdata, fmt.bits, self.columns), self.block)
+        codes = to_blocks(fmt.packing.unpack(self.qdata, fmt.bits, self.columns), self.block)
         values = fmt.numerics.decode(codes, QParams(self.scale, self.zeros()), fmt)
         return from_blocks(values, self.rows, self.columns, self.block)
 

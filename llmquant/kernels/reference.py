@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmquant.kernels.packed import Packed
 from llmquant.primitives.blocks import to_blocks
-from llmquant.primitives.dynamic import Activation, StaticScale, quantize_activation, steps
+from llmquant.primitives.dynamic import Activation, StaticScale, fake_quantize, quantize_activation, steps
 
 
 def refusal(format_name: str, block: tuple[int, int], columns: int, device: str) -> str | None:
@@ -44,8 +44,9 @@ def linear_int8(
     """
     quantized = quantize_activation(x.reshape(x.shape[:-1].numel(), weight.columns), activation, static)
     # Float64 sums are exact in any order while they stay below 2^53 units. Codes are integers below 2^8; weights at
-    # scale 1 are multiples of 1/2 below 2^8 (integers), of 2^-9 below 2^9 (e4m3) or of 2^-16 below 2^16 (e5m2, which
-    # is exact for blocks of up to 2^13 columns, and beyond them rounded where float32 does not see it).
+    # scale 1 are multiples of 1/2 below 2^8 (integers), of 2^-27 up to 1 (nf4), of 2^-9 below 2^9 (e4m3) or of 2^-16
+    # below 2^16 (e5m2, which is exact for blocks of up to 2^13 columns, and beyond them rounded where float32 does not
+    # see it).
     left, width = steps(quantized, activation).double(), activation.width(weight.columns)
     out = x.new_empty(*x.shape[:-1], weight.rows)
     for start, stop in weight.panels():
@@ -60,6 +61,13 @@ def linear_int8(
             total += bias[start:stop].float()
         out[..., start:stop] = total.reshape(*x.shape[:-1], panel.rows)
     return out
+
+
+def linear_float8(
+    x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None, static: StaticScale | None = None
+) -> Tensor:
+    """x [..., K] -> x^ @ weight.T + bias, x^ being what the float8 codes of x stand for, rounded to x's dtype."""
+    return linear(fake_quantize(x, activation, static), weight, bias)
 
 
 def matmul(x: Tensor, weight: Packed) -> Tensor:

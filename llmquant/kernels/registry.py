@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import ConfigError
-from llmquant.kernels import cpu, reference
+from llmquant.kernels import aten, cpu, reference
 from llmquant.kernels.packed import Packed
+from llmquant.kernels.triton import TRITON
 from llmquant.primitives.dynamic import Activation, StaticScale
 
 
@@ -31,6 +32,11 @@ class Backend(Protocol):
     ) -> Tensor:
         """The same with x in int8 codes, by the rule of `primitives.dynamic`."""
 
+    def linear_float8(
+        self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None, static: StaticScale | None = None
+    ) -> Tensor:
+        """The same with x as its float8 codes stand for it."""
+
     def matmul(self, x: Tensor, weight: Packed) -> Tensor:
         """x [..., N] -> x @ weight, [..., K] in x's dtype."""
 
@@ -38,7 +44,7 @@ class Backend(Protocol):
         """indices [...] -> rows, [..., K] in `dtype`. Raises IndexError."""
 
 
-BACKENDS: dict[str, Backend] = {**cpu.BACKENDS, "reference": reference}
+BACKENDS: dict[str, Backend] = {**cpu.BACKENDS, "aten": aten, "triton": TRITON, "reference": reference}
 """The first that does not refuse a weight serves it."""
 
 _forced: str | None = None
@@ -61,6 +67,8 @@ def choose(format_name: str, block: tuple[int, int], columns: int, device: str) 
             if name == "reference" and device == "cpu":
                 _warn_if_slow()
             reasons = [f"{', '.join(names)}: {reason}" for reason, names in refusals.items()]
+            if name == "aten":
+                reasons.insert(0, aten.merit(format_name))
             return Choice(name, "; ".join(reasons) or "the fastest kernel for this weight here")
         refusals.setdefault(refused, []).append(name)
     raise AssertionError("the reference serves everything")

@@ -13,12 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+STEP = 1
+"""Rows can be cut between any two codes."""
+
+
+def row_bytes(length: int, bits: int) -> int:
+    """Bytes of a packed row of `length` codes."""
+    return (length * bits + 7) // 8
+
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [..., K] below 2^bits -> uint8 [..., ceil(K * bits / 8)]."""
     if bits == 8:
         return codes
-    codes_per_unit, bytes_per_unit = _unit(bits)
+    codes_per_unit, bytes_per_unit = unit(bits)
     short = -codes.shape[-1] % codes_per_unit
     if short:
         codes = F.pad(codes, (0, short))
@@ -27,14 +35,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         word |= codes[..., i::codes_per_unit].to(word.dtype) << (bits * i)
     packed = torch.stack([(word >> (8 * j)) & 255 for j in range(bytes_per_unit)], -1).to(torch.uint8)
     length = codes.shape[-1] - short
-    return packed.flatten(-2)[..., : (length * bits + 7) // 8].contiguous()
+    return packed.flatten(-2)[..., : row_bytes(length, bits)].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     """The inverse of `pack`: uint8 [..., ceil(length * bits / 8)] -> uint8 codes [..., length]."""
     if bits == 8:
         return packed
-    codes_per_unit, bytes_per_unit = _unit(bits)
+    codes_per_unit, bytes_per_unit = unit(bits)
     short = -packed.shape[-1] % bytes_per_unit
     if short:
         packed = F.pad(packed, (0, short))
@@ -46,10 +54,10 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     return codes.to(torch.uint8).flatten(-2)[..., :length]
 
 
-def _unit(bits: int) -> tuple[int, int]:
+def unit(bits: int) -> tuple[int, int]:
     """The fewest codes that fill whole bytes, and how many bytes they fill."""
-    unit = math.lcm(bits, 8)
-    return unit // bits, unit // 8
+    width = math.lcm(bits, 8)
+    return width // bits, width // 8
 
 
 def _word(bits: int) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Activations as int8 or float8 codes, made for every input. This rule is what every kernel has to reproduce.
+"""Activations as int8, float8 or block float codes, made for every input. This rule is what every kernel has to follow.
 
 Along a token, `group` neighbours share a scale; the last group may be shorter. All arithmetic is float32:
 
@@ -8,6 +8,8 @@ Along a token, `group` neighbours share a scale; the last group may be shorter. 
   x ~ (code - zero point) * scale;
 * float8 (e4m3fn): scale = max|x| / 448, code = the float8 number nearest to x / scale clamped to -448..448,
   x ~ code * scale. All tokens of an input may share the scale, too: then a token's codes depend on its neighbours.
+* MX and NVFP4: the formats of that name, rounded plainly by the rule of `primitives.blockfloat`; the float32 scale of
+  NVFP4 is that of a token, or of all tokens.
 
 A static activation has one scale (and zero point) for whatever may come: that of the lowest and highest value which a
 calibration run saw, by the same formulas (`static_scale`). Codes are clamped as above, so values beyond them saturate.
@@ -17,34 +19,62 @@ numbers so small that it underflows) the divisor is 1. A group that holds NaN or
 gets the scale NaN with codes and zero point 0: every product with it is NaN, never a number that looks right. Of a
 static activation so does a token that holds NaN or infinity, and no other.
 
-Products with int8 codes are sums of integers, scaled afterwards. Products with float8 codes are those of what the codes
+Products with int8 codes are sums of integers, scaled afterwards. Products with other codes are those of what the codes
 stand for, rounded once to the input's own dtype (`fake_quantize`), with the weights as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmquant.errors import ConfigError
+from llmquant.formats import FORMATS, Format
+from llmquant.primitives import blockfloat
 from llmquant.primitives.blocks import block_counts, from_blocks, to_blocks
 from llmquant.primitives.granularity import Granularity, MappingType, PerTensor, PerToken, PerTokenGroup
-from llmquant.primitives.lowfloat import round_to_e4m3_
+from llmquant.primitives.lowfloat import round_to_
+from llmquant.primitives.minifloat import MINIFLOATS
+from llmquant.primitives.spec import QuantSpec
 
 DEFAULT_GROUP = 32
 INT8, FLOAT8 = "int8", "float8_e4m3fn"
-"""The dtypes of codes, by torch's names."""
+"""Dtypes of codes, by torch's names. Those of block floats go by the names of their formats."""
 ALL_TOKENS = -1
 """The group that is the whole input: one scale for all of its tokens."""
 _PREFIXES = {INT8: "a8", FLOAT8: "f8"}
 _STATIC_PREFIXES = {INT8: "s8", FLOAT8: "sf8"}
-_DEFAULT_GROUPS = {INT8: DEFAULT_GROUP, FLOAT8: 0}
+_OPTIONAL = {"scale_rule": str, "static": bool}  # fields that plain JSON names only where they say something
 _LARGEST_GROUP = 2**31 - 1  # what native code can count with
 _CHUNK_ELEMENTS = 2**16  # whose temporaries stay in a core's cache
+
+
+def block_floats() -> tuple[str, ...]:
+    """The formats whose blocks activations can be quantized to."""
+    return tuple(name for name, row in FORMATS.items() if _has_blocks(row))
+
+
+def _has_blocks(row: Format) -> bool:
+    """Whether codes are small floats in groups of one size."""
+    return row.fixed_group and row.element in MINIFLOATS
+
+
+def activation_dtypes() -> tuple[str, ...]:
+    """All that activations can be quantized to."""
+    return (*_PREFIXES, *block_floats())
+
+
+def _default_group(dtype: str) -> int:
+    """What shares a scale unless it is said: int8 has groups, float8 tokens, NVFP4 one float32 scale an input."""
+    if dtype in _PREFIXES:
+        return DEFAULT_GROUP if dtype == INT8 else 0
+    row = FORMATS[dtype]
+    return ALL_TOKENS if row.tensor_scale else row.group_size or 0
 
 
 @dataclass(frozen=True)
@@ -53,33 +83,61 @@ class Activation:
 
     Attributes:
         group: neighbours of a token that share a scale; 0 means the whole token, `ALL_TOKENS` (float8 or static only)
-            all of them.
+            all of them. MX has groups of 32 only; of NVFP4 it says what shares the float32 scale, 0 or `ALL_TOKENS`.
         asymmetric: whether groups have zero points (int8 only).
-        dtype: of the codes, `int8` or `float8_e4m3fn`.
-        static: whether the scale is that of a calibration run, which the weight brings along (`StaticScale`); the group
-            is `ALL_TOKENS` then.
+        dtype: of the codes, `int8` or `float8_e4m3fn`, or a format of block floats (`mxfp8`, `nvfp4`, ...).
+        scale_rule: of MX, how a scale follows from the largest magnitude; `floor` unless it is given.
+        static: whether the scale is that of a calibration run, which the weight brings along (`StaticScale`); int8 and
+            float8 only, and the group is `ALL_TOKENS` then.
 
     Raises:
-        ConfigError: for another dtype, for a group that is negative or too large to count with, and for zero points
-            or a scale for all tokens where the dtype has none.
+        ConfigError: for another dtype, for a group that is negative or too large to count with, and for zero points,
+            a rule or a scale for all tokens where the dtype has none.
     """
 
     group: int
     asymmetric: bool = False
     dtype: str = INT8
+    scale_rule: str = ""
     static: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in _PREFIXES:
-            raise ConfigError(f"activations cannot be quantized to {self.dtype!r}", hint=" or ".join(_PREFIXES))
-        if self.static and self.group != ALL_TOKENS:
-            raise ConfigError("static activations have one scale for all inputs", hint="PerTensor()")
-        if self.dtype == INT8 and self.group == ALL_TOKENS and not self.static:
+        if self.dtype not in activation_dtypes():
+            known = " or ".join(activation_dtypes())
+            raise ConfigError(f"activations cannot be quantized to {self.dtype!r}", hint=known)
+        if self.static:
+            self._check_static()
+        elif self.dtype == INT8 and self.group == ALL_TOKENS:
             raise ConfigError(f"int8 activations have no scale for all tokens (group {self.group})", hint="PerToken()")
         if not ALL_TOKENS <= self.group <= _LARGEST_GROUP:
             raise ConfigError(f"activations cannot be quantized in groups of {self.group}", hint="for instance 32")
-        if self.dtype == FLOAT8 and self.asymmetric:
-            raise ConfigError("float8 activations are symmetric only", hint="leave asym out")
+        if self.dtype != INT8 and self.asymmetric:
+            raise ConfigError(f"{self.dtype} activations are symmetric only", hint="leave asym out")
+        self._check_blocks()
+
+    def _check_static(self) -> None:
+        if self.dtype not in _STATIC_PREFIXES:
+            raise ConfigError(f"{self.dtype} activations cannot be static", hint=" or ".join(_STATIC_PREFIXES))
+        if self.group != ALL_TOKENS:
+            raise ConfigError("static activations have one scale for all inputs", hint="PerTensor()")
+
+    def _check_blocks(self) -> None:
+        """Fills in the scale rule. Raises where block floats have no such group, or the dtype has no such rule."""
+        row, rules = self.blocks, self.blocks.scale_rules if self.blocks else ()
+        object.__setattr__(self, "scale_rule", self.scale_rule or "".join(rules[:1]))
+        if self.scale_rule and self.scale_rule not in rules:
+            known = f"one of {', '.join(rules)}" if rules else "leave it out"
+            raise ConfigError(f"{self.dtype} activations have no scale rule {self.scale_rule!r}", hint=known)
+        if row is not None and row.tensor_scale and self.group not in (0, ALL_TOKENS):
+            raise ConfigError(
+                f"{row.name} activations have blocks of {row.group_size} only; what shares their float32 scale is a "
+                f"token or the input, not {self.group} neighbours",
+                hint="PerToken() or PerTensor()",
+            )
+        if row is not None and not row.tensor_scale and self.group != row.group_size:
+            raise ConfigError(
+                f"{row.name} activations have groups of {row.group_size} only", hint=f"PerTokenGroup({row.group_size})"
+            )
 
     @classmethod
     def of(
@@ -87,46 +145,57 @@ class Activation:
         granularity: Granularity,
         mapping_type: MappingType = MappingType.SYMMETRIC,
         dtype: str = INT8,
+        scale_rule: str = "",
         static: bool = False,
     ) -> Activation:
         """The same in the words of a config. Raises `ConfigError` for what activations cannot have."""
         asymmetric = mapping_type is MappingType.ASYMMETRIC
         match granularity:
             case PerToken():
-                return cls(0, asymmetric, dtype, static)
+                return cls(0, asymmetric, dtype, scale_rule, static)
             case PerTokenGroup(group_size):
-                return cls(group_size, asymmetric, dtype, static)
+                return cls(group_size, asymmetric, dtype, scale_rule, static)
             case PerTensor():
-                return cls(ALL_TOKENS, asymmetric, dtype, static)
+                return cls(ALL_TOKENS, asymmetric, dtype, scale_rule, static)
         raise ConfigError(
             f"activations cannot be quantized {granularity}",
-            hint="PerToken(), PerTokenGroup(group_size), or PerTensor() in float8",
+            hint="PerToken(), PerTokenGroup(group_size), or PerTensor() in float8 and nvfp4",
         )
+
+    @classmethod
+    def default(cls, dtype: str, scale_rule: str = "") -> Activation:
+        """What the prefix of a scheme means that says no more: `a8`, `f8`, `mxfp8`, `nvfp4`."""
+        return cls(_default_group(dtype), dtype=dtype, scale_rule=scale_rule)
+
+    @property
+    def blocks(self) -> Format | None:
+        """The format of block floats that codes are in; None for int8 and float8."""
+        row = FORMATS.get(self.dtype)  # int8 is there, too, as a format of weights
+        return row if row is not None and _has_blocks(row) else None
 
     @property
     def scheme(self) -> str:
-        """What goes before the scheme of a weight: `a8`, `a8-g64`, `a8-token-asym`, `f8`, `f8-tensor`, `s8`, `sf8`."""
+        """What goes before the scheme of a weight: `a8`, `a8-token-asym`, `f8-tensor`, `s8`, `sf8`, `mxfp8-even`."""
         if self.static:
             return _STATIC_PREFIXES[self.dtype] + ("-asym" if self.asymmetric else "")
         names = {0: "-token", ALL_TOKENS: "-tensor"}
         group = names.get(self.group, f"-g{self.group}")
-        said = "" if self.group == _DEFAULT_GROUPS[self.dtype] else group
-        return _PREFIXES[self.dtype] + said + ("-asym" if self.asymmetric else "")
+        said = "" if self.group == _default_group(self.dtype) else group
+        usual = not self.scale_rule or self == Activation.default(self.dtype)
+        rule = "" if usual else f"-{self.scale_rule}"
+        return _PREFIXES.get(self.dtype, self.dtype) + said + rule + ("-asym" if self.asymmetric else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON: the inverse of `from_dict`. `static` is named only where it is true."""
-        return {key: value for key, value in asdict(self).items() if key != "static" or value}
+        """Plain JSON: the inverse of `from_dict`. `scale_rule` and `static` are named only where they say something."""
+        return {key: value for key, value in asdict(self).items() if key not in _OPTIONAL or value}
 
     @classmethod
     def from_dict(cls, values: Any) -> Activation:
         """Reads what `to_dict` gives. Raises `ConfigError` for anything else."""
         fields = {"dtype": str, "group": int, "asymmetric": bool}
-        known = (
-            isinstance(values, Mapping)
-            and {key: type(value) for key, value in values.items()} in (fields, {**fields, "static": bool})
-            and values["dtype"] in _PREFIXES
-        )
-        if not known:
+        found = {key: type(value) for key, value in values.items()} if isinstance(values, Mapping) else {}
+        wanted = fields | {key: kind for key, kind in _OPTIONAL.items() if key in found}
+        if found != wanted or values["dtype"] not in activation_dtypes():
             raise ConfigError(f"cannot read the activation {values!r}", hint=f"for instance {cls(32).to_dict()}")
         return cls(**values)
 
@@ -138,8 +207,12 @@ class Activation:
         return max(min(self.group if self.group > 0 else columns, columns), 1)
 
     def tokens(self, shape: torch.Size) -> tuple[int, int]:
-        """Tokens in an input of that shape, and the elements of each; all of it is one where all share its scale."""
-        return (1, shape.numel()) if self.is_joint else (shape[:-1].numel(), shape[-1])
+        """Tokens in an input of that shape, and the elements of each; all of it is one where all share its scale.
+
+        Tokens in block floats stay apart: their blocks do, whatever shares a second scale.
+        """
+        one = self.is_joint and self.blocks is None
+        return (1, shape.numel()) if one else (shape[:-1].numel(), shape[-1])
 
     @property
     def is_joint(self) -> bool:
@@ -150,14 +223,17 @@ class Activation:
 class DynamicCodes(NamedTuple):
     """An activation in codes.
 
-    codes: int8 or float8 [..., K].
-    scale: float32 [..., G], G = ceil(K / group); [1, ..., 1] where all tokens share it.
+    codes: int8 or float8 [..., K]; of block floats uint8, one a byte.
+    scale: float32 [..., G], G = ceil(K / group); [1, ..., 1] where all tokens share it. Of block floats in the dtype of
+        the format, one a block.
     zero_point: int8 [..., G], or None where codes are symmetric.
+    tensor_scale: float32 [..., 1], or [1, ..., 1] where all tokens share it, by which scales are multiplied; or None.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None = None
+    tensor_scale: Tensor | None = None
 
 
 class StaticScale(NamedTuple):
@@ -180,6 +256,8 @@ def static_scale(low: Tensor, high: Tensor, activation: Activation) -> StaticSca
 
 def quantize_activation(x: Tensor, activation: Activation, static: StaticScale | None = None) -> DynamicCodes:
     """x float [..., K] -> codes, by the rule of this module; `static` only for a static activation."""
+    if activation.blocks is not None:
+        return _quantize_blocks(x, activation)
     tokens, columns = activation.tokens(x.shape)
     block = (1, activation.width(columns))
     groups = to_blocks(x.reshape(tokens, columns).float(), block)  # [T, G, n], padded with zeros
@@ -204,6 +282,8 @@ def quantize_activation(x: Tensor, activation: Activation, static: StaticScale |
 
 def dequantize_activation(quantized: DynamicCodes, activation: Activation) -> Tensor:
     """Codes -> what they stand for, float32 [..., K]."""
+    if activation.blocks is not None:
+        return _dequantize_blocks(quantized, activation)
     shape = quantized.codes.shape
     tokens, columns = activation.tokens(shape)
     block = (1, activation.width(columns))
@@ -217,11 +297,51 @@ def fake_quantize(x: Tensor, activation: Activation, static: StaticScale | None 
     tokens, columns = activation.tokens(x.shape)
     rows = x.reshape(tokens, columns)
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    fake = _faker(rows, activation, static)
     # Some tokens at a time, so that what lies between x and the result does not leave the cache.
     step = max(_CHUNK_ELEMENTS // max(columns, 1), 1)
     for start in range(0, tokens, step):
-        out[start : start + step] = _fake_quantize(rows[start : start + step], activation, static)
+        out[start : start + step] = fake(rows[start : start + step])
     return out.reshape(x.shape)
+
+
+def _faker(rows: Tensor, activation: Activation, static: StaticScale | None) -> Callable[[Tensor], Tensor]:
+    """What rounds some of these rows, [T, K] -> float32 [T, K]."""
+    if activation.blocks is None:
+        return partial(_fake_quantize, activation=activation, static=static)
+    spec, shared = _block_rule(rows, activation)
+    return partial(blockfloat.fake_quantize_rows, spec=spec, shared=shared)
+
+
+def _block_rule(rows: Tensor, activation: Activation) -> tuple[QuantSpec, Tensor | None]:
+    """What block floats mean for rows [T, K], and the float32 scale of them all where they share one."""
+    assert activation.blocks is not None
+    spec = blockfloat.block_spec(activation.blocks, activation.scale_rule, rows.shape[1])
+    return spec, blockfloat.tensor_scales(rows, spec, together=True) if activation.is_joint else None
+
+
+def _quantize_blocks(x: Tensor, activation: Activation) -> DynamicCodes:
+    rows = x.reshape(activation.tokens(x.shape))
+    codes, scale, tensor_scale = blockfloat.quantize_rows(rows, *_block_rule(rows, activation))
+    leading = (1,) * (x.dim() - 1) if activation.is_joint else x.shape[:-1]
+    return DynamicCodes(
+        codes.reshape(x.shape),
+        scale.reshape(*x.shape[:-1], scale.shape[-1]),
+        tensor_scale=None if tensor_scale is None else tensor_scale.reshape(*leading, 1),
+    )
+
+
+def _dequantize_blocks(quantized: DynamicCodes, activation: Activation) -> Tensor:
+    codes, scale, _, tensor_scale = quantized
+    tokens, columns = activation.tokens(codes.shape)
+    assert activation.blocks is not None
+    rows = blockfloat.BlockCodes(
+        codes.reshape(tokens, columns),
+        scale.reshape(tokens, scale.shape[-1]),
+        None if tensor_scale is None else tensor_scale.reshape(-1, 1),
+    )
+    spec = blockfloat.block_spec(activation.blocks, activation.scale_rule, columns)
+    return blockfloat.dequantize_rows(rows, spec).reshape(codes.shape)
 
 
 def _fake_quantize(rows: Tensor, activation: Activation, static: StaticScale | None) -> Tensor:
@@ -232,7 +352,7 @@ def _fake_quantize(rows: Tensor, activation: Activation, static: StaticScale | N
     groups = to_blocks(rows.float(), block)
     low, high, levels, limits = _range(groups, activation)
     scale, divisor = _scales(high, levels) if static is None else _given_scales(low, high, static)
-    numbers = round_to_e4m3_((groups / divisor.unsqueeze(-1)).clamp_(*limits))
+    numbers = round_to_((groups / divisor.unsqueeze(-1)).clamp_(*limits), MINIFLOATS["e4m3fn"])
     return from_blocks(numbers.mul_(scale.unsqueeze(-1)), rows.shape[0], rows.shape[1], block)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmquant.formats import Format
 from llmquant.primitives.affine import inverse, stored
-from llmquant.primitives.minifloat import MINIFLOATS, from_codes, to_codes
+from llmquant.primitives.minifloat import MINIFLOATS, Minifloat, from_codes, to_codes
 from llmquant.primitives.spec import QParams, QuantSpec
 
 
@@ -31,12 +31,13 @@ def largest_scaled(fmt: Format) -> float:
     return MINIFLOATS[fmt.element].largest
 
 
-def round_to_e4m3_(x: Tensor) -> Tensor:
-    """Rounds float32 numbers within -448..448, in place, to the nearest e4m3 numbers, half to even.
+def round_to_(x: Tensor, kind: Minifloat) -> Tensor:
+    """Rounds float32 numbers within the range of a small float, in place, to the nearest of its numbers, half to even.
 
-    In a sum with 1.5 * 2^20 times its power of two, a number's last bit is the last one of e4m3; below 2^-6 that of the
-    subnormals. Several times faster than torch's casts to float8 and back. NaN stays NaN; -0 may become 0.
+    In a sum with 1.5 * 2^(23 - m) times its power of two, a number's last bit is the last one of m bits of mantissa;
+    below the smallest normal number that of the subnormals. Several times faster than torch's casts to float8 and back.
+    NaN stays NaN; -0 may become 0.
     """
     power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
-    anchor = power.clamp_(min=2**-6).mul_(1.5 * 2**20)
+    anchor = power.clamp_(min=2.0 ** (1 - kind.bias)).mul_(1.5 * 2 ** (23 - kind.mantissa_bits))
     return x.add_(anchor).sub_(anchor)

@@ -41,8 +41,8 @@ def _ceil(largest: Tensor, kind: Minifloat) -> Tensor:
 def _even(largest: Tensor, kind: Minifloat) -> Tensor:
     """As floor, of amax with its mantissa rounded to the element's bits (halves up) before."""
     half = 1 << (23 - kind.mantissa_bits - 1)
-    rounded = (largest.view(torch.int32) + half).view(torch.float32)
-    return exponent_of(rounded.clamp(max=torch.finfo(torch.float32).max)) - kind.largest_exponent
+    carry = ((largest.view(torch.int32) & 0x7FFFFF) + half) >> 23
+    return exponent_of(largest) + carry - kind.largest_exponent
 
 
 def _rceil(largest: Tensor, kind: Minifloat) -> Tensor:

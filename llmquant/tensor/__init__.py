@@ -6,18 +6,26 @@ import torch
 
 from llmquant.formats import Format
 from llmquant.primitives.dynamic import Activation
-from llmquant.tensor import ops as _ops  # noqa: F401  (fills the dispatch tables)
+from llmquant.tensor import contractions as _contractions  # noqa: F401  (fills the dispatch tables, as do the next)
+from llmquant.tensor import distributed as _distributed  # noqa: F401
 from llmquant.tensor.affine import AffineTensor, Int4Tensor, Int8Tensor, IntxTensor
 from llmquant.tensor.base import Meta, QuantizedTensor, _rebuild
-from llmquant.tensor.scaled import Float8Tensor, MXTensor, NVFP4Tensor, ScaledTensor
+from llmquant.tensor.scaled import Float8Tensor, MXTensor, NF4Tensor, NVFP4Tensor, ScaledTensor
+from llmquant.tensor.semisparse import Float8SemiSparseTensor, SemiSparseTensor
 
-STORAGE: dict[str, type[QuantizedTensor]] = {"affine": AffineTensor, "scaled": ScaledTensor}
+STORAGE: dict[str, type[QuantizedTensor]] = {
+    "affine": AffineTensor,
+    "scaled": ScaledTensor,
+    "semisparse": SemiSparseTensor,
+}
 NAMED: tuple[type[QuantizedTensor], ...] = (
     Int4Tensor,
     Int8Tensor,
     IntxTensor,
+    Float8SemiSparseTensor,
     Float8Tensor,
     MXTensor,
+    NF4Tensor,
     NVFP4Tensor,
 )
 

@@ -23,7 +23,8 @@ class Field:
 
     Attributes:
         name: the attribute; on disk its suffix (`qdata` goes under the weight's own key).
-        per: one entry an `element` of the weight, one a `block` that shares a scale, or one a `matrix`, [..., 1, 1].
+        per: one entry an `element` of the weight, one a `block` that shares a scale, one a `row` of them, [..., B, 1],
+            or one a `matrix`, [..., 1, 1].
         packed: whether entries are codes packed at the format's bits along the last dimension.
         optional: whether it may be None.
     """
@@ -81,6 +82,9 @@ class QuantizedTensor(torch.Tensor):
             leading dimensions (experts) in front.
         meta: see `Meta`.
         dtype: the floating dtype it stands for.
+
+    A class also takes a weight alone, as `nn.Parameter` does and with the same result: tools that move parameters
+    (accelerate) make them anew by calling their type.
     """
 
     fields: ClassVar[tuple[Field, ...]] = (
@@ -102,26 +106,53 @@ class QuantizedTensor(torch.Tensor):
     # A part that shares a scale or a byte with what is outside of it, or a copy where torch promises a view: writing to
     # it would change more than itself, or nothing.
     _read_only: bool = False
+    # On the shards that FSDP2 makes of a weight: the `Meta` of the whole.
+    _whole: Meta | None = None
+    _is_param: bool  # what makes torch take a tensor for an `nn.Parameter`
     # How often any quantized tensor was written to: views share memory, but torch counts changes of each apart.
     writes: ClassVar[int] = 0
 
     @staticmethod
-    def __new__(cls, tensors: Mapping[str, Tensor | None], meta: Meta, dtype: torch.dtype) -> QuantizedTensor:
+    def __new__(
+        cls,
+        tensors: Mapping[str, Tensor | None] | QuantizedTensor,
+        meta: Meta | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        requires_grad: bool = False,
+    ) -> QuantizedTensor:
+        if isinstance(tensors, QuantizedTensor):
+            tensors, meta, dtype = tensors._arguments()
         qdata = tensors["qdata"]
-        assert qdata is not None
+        assert qdata is not None and meta is not None
         shape = [*qdata.shape[:-1], meta.columns]
         if meta.transposed:
             shape[-2:] = shape[:-3:-1]
         # A view made in inference mode must be a normal tensor, as torch's own views of normal tensors are.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-                cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
+                cls, shape, dtype=dtype, device=qdata.device, requires_grad=requires_grad
             )
 
-    def __init__(self, tensors: Mapping[str, Tensor | None], meta: Meta, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor | None] | QuantizedTensor,
+        meta: Meta | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        requires_grad: bool = False,
+    ) -> None:
+        if isinstance(tensors, QuantizedTensor):
+            self._read_only, self._whole, self._is_param = tensors._read_only, tensors._whole, True
+            tensors, meta, _ = tensors._arguments()
+        assert meta is not None
         for field in self.fields:
             setattr(self, field.name, tensors.get(field.name))
         self.meta = meta
+
+    def _arguments(self) -> tuple[dict[str, Tensor], Meta, torch.dtype]:
+        """What makes this very weight again."""
+        return {field.name: tensor for field, tensor in self.parts()}, self.meta, self.dtype
 
     # --- the fields -----------------------------------------------------------------------------------
 
@@ -148,6 +179,8 @@ class QuantizedTensor(torch.Tensor):
         result = type(self)(tensors, replace(self.meta, **meta), dtype or self.dtype)
         if self._read_only and not copied:
             result._read_only = True
+        if self._whole is not None:
+            result._whole = self._whole
         return result
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Meta, torch.dtype]]:
@@ -170,8 +203,7 @@ class QuantizedTensor(torch.Tensor):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        tensors = {field.name: tensor for field, tensor in self.parts()}
-        return _rebuild, (type(self), tensors, self.meta, self.dtype, getattr(self, "_is_param", False))
+        return _rebuild, (type(self), *self._arguments(), getattr(self, "_is_param", False))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         m = self.meta
@@ -247,8 +279,8 @@ class QuantizedTensor(torch.Tensor):
         return self.scale
 
     def state(self) -> tuple[Any, ...]:
-        """What changes whenever a `Packed` of this weight is void: where its tensors lie."""
-        return self.qdata.data_ptr(), self.scale.data_ptr()
+        """What changes whenever a `Packed` of this weight is void: where its tensors lie, and what was written."""
+        return self.qdata.data_ptr(), self.scale.data_ptr(), QuantizedTensor.writes  # kernels may keep copies
 
     def kernel(self) -> registry.Choice:
         """Which kernel serves this weight, and why."""
@@ -266,6 +298,29 @@ class QuantizedTensor(torch.Tensor):
         for start, stop in matrix.panels():
             out[start:stop] = matrix.panel(start, stop).dequantize()
         return out.t() if self.meta.transposed else out
+
+    # --- FSDP2 ----------------------------------------------------------------------------------------
+
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], None]:
+        """What the processes of `fully_shard` exchange: the packed parts of their shards, padded to one size."""
+        return tuple(_with_padding(tensor) for _, tensor in self.parts()), None
+
+    def fsdp_post_all_gather(
+        self, gathered: tuple[Tensor, ...], context: None, dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> tuple[QuantizedTensor, tuple[Tensor, ...]] | None:
+        """The whole weight as views of what was gathered, with the padding of its last shard, which FSDP2 cuts off.
+
+        `out` is what an earlier call gave, whose memory holds the new parts already.
+        """
+        if isinstance(out, QuantizedTensor):
+            out._packed = None
+            return None
+        meta = self._whole or self.meta
+        tensors = {field.name: tensor for (field, _), tensor in zip(self.parts(), gathered, strict=True)}
+        for field, _ in self.parts():
+            if field.per == "matrix" and self.dim() == 2:
+                tensors[field.name] = tensors[field.name][:1]  # all shards bring the one that they share
+        return type(self)(tensors, meta, dtype), gathered
 
     # --- dispatch -------------------------------------------------------------------------------------
 
@@ -296,6 +351,13 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 DISPATCH: dict[Any, Callable[..., Any]] = {}
 # Operators whose result has the very scale of its argument, or no need of it.
 KEEPS_GRADIENTS: set[Any] = set()
+
+
+def _with_padding(tensor: Tensor) -> Tensor:
+    """All of the memory that a part of a shard is the beginning of."""
+    step = tensor[:1].numel()
+    rows = tensor.untyped_storage().nbytes() // max(step * tensor.element_size(), 1)
+    return tensor.as_strided((rows, *tensor.shape[1:]), tensor.stride(), 0)
 
 
 def _refuse_to_lose_gradients(func: Any, args: tuple[Any, ...]) -> None:

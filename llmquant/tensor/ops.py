@@ -49,6 +49,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         out = torch.matmul(input, weight.mT)  # arrives here again below autograd, which has taken note of the weight
         return out if bias is None else out + bias
+    if torch.compiler.is_exporting() and not isinstance(weight, torch.nn.Parameter):
+        # torch.export follows a part of a parameter (an expert) as a whole only: its graph gets torch's own operator.
+        with torch._C.DisableTorchFunctionSubclass():
+            return F.linear(input, weight, bias)
+    return linear_below(input, weight, bias)
+
+
+def linear_below(input: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` below autograd and export, which have taken note of it."""
     if weight.meta.transposed:
         # Sums here run over the logical rows; `activation` is said of inputs along the columns, so this one stays.
         out = ops.matmul(input, weight.packed())
@@ -95,8 +104,13 @@ def product(x: Tensor, y: Tensor) -> Tensor:
         if isinstance(y, QuantizedTensor):
             return unsupported(aten.mm, x, y)
         return product(y.t(), x.t()).t()
-    assert isinstance(y, QuantizedTensor)
-    return linear(x, y.t())
+    return linear_below(x, _turned(y))
+
+
+def _turned(w: Tensor) -> QuantizedTensor:
+    turned = w.t()
+    assert isinstance(turned, QuantizedTensor)
+    return turned
 
 
 @dispatch(aten.embedding)
@@ -120,8 +134,8 @@ def _mv(func: Any, x: Tensor, y: Tensor) -> Tensor:
 def _addmm(func: Any, bias: Tensor, x: Tensor, y: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     if isinstance(bias, QuantizedTensor):
         return unsupported(func, bias, x, y)
-    if isinstance(y, QuantizedTensor) and beta == alpha == 1 and bias.dim() == 1:
-        return linear(x, y.t(), bias)
+    if not isinstance(x, QuantizedTensor) and beta == alpha == 1 and bias.dim() == 1:
+        return linear_below(x, _turned(y), bias)
     return beta * bias + alpha * product(x, y)
 
 
@@ -179,7 +193,7 @@ def _expand(func: Any, w: QuantizedTensor, shape: Any, **_: Any) -> QuantizedTen
 @dispatch(aten.view, aten._unsafe_view, aten._reshape_alias)
 def _view(func: Any, w: QuantizedTensor, shape: Any, *_: Any) -> QuantizedTensor:
     if isinstance(shape, torch.dtype):
-        return unsupported(f"{func} as {shape}", w)
+        return no_plain_memory(f"{func} as {shape}", w)
     known = [n for n in shape if n != -1]
     if -1 in shape:
         rest = 1
@@ -189,6 +203,8 @@ def _view(func: Any, w: QuantizedTensor, shape: Any, *_: Any) -> QuantizedTensor
     shape = list(shape)
     if shape == list(w.shape):
         return _alike(func, w)
+    if shape == [w.numel()] and w._whole is not None:
+        return _alike(func, w)  # FSDP2 keeps a flat view of a shard, which it only reads where tensors are plain
     if len(shape) < 2 or _count(shape) != w.numel():
         return unsupported(func, w)
     if shape[-2:] == list(w.shape[-2:]):  # only the dimensions of experts change
@@ -399,9 +415,20 @@ def _set_data(target: Tensor, source: Tensor) -> None:
     target._read_only = source._read_only
 
 
+def no_plain_memory(name: str, w: Tensor, *_: Any, **__: Any) -> Any:
+    """Refuses what takes a weight for an array in memory."""
+    assert isinstance(w, QuantizedTensor)
+    raise UnsupportedOpError(
+        f"{name} is not supported for {w.meta.format} weights",
+        where=repr(w),
+        hint="call .dequantize() first if a plain tensor is what you want; to offload weights with accelerate, keep "
+        "them in memory (cpu_offload): it writes plain arrays to disk only",
+    )
+
+
 # Torch would refuse the first three without a name, and hand out memory that is not there.
 for _name in ("numpy", "tolist", "item", "__array__", "__dlpack__"):
-    FUNCTIONS[getattr(Tensor, _name)] = partial(unsupported, _name)
+    FUNCTIONS[getattr(Tensor, _name)] = partial(no_plain_memory, _name)
 
 
 def _same_kind(a: Tensor, b: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Codes that are small floating-point numbers, with a scale a block and perhaps one of the whole matrix."""
+"""Codes that stand for floating-point numbers, with a scale a block and perhaps one of the row or the whole matrix."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from llmquant.tensor.base import Field, QuantizedTensor
 
 
 class ScaledTensor(QuantizedTensor):
-    """value = number that the code stands for * scale, which is the block's, times the matrix's where there is one."""
+    """value = number that the code stands for * scale: the block's, times that of row or matrix where there is one."""
 
-    fields = (*QuantizedTensor.fields, Field("tensor_scale", per="matrix", packed=False, optional=True))
+    fields = (
+        *QuantizedTensor.fields,
+        Field("tensor_scale", per="matrix", packed=False, optional=True),
+        Field("row_scale", per="row", packed=False, optional=True),
+    )
 
     tensor_scale: Tensor | None = None
+    row_scale: Tensor | None = None
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -23,20 +28,21 @@ class ScaledTensor(QuantizedTensor):
         return self.format.scale_dtypes[0] if self._has_small_scales else self.scale.dtype
 
     def block_scales(self) -> Tensor:
-        """The scale of each block, [..., B, G]: those of one byte are widened, exactly, and meet the tensor scale."""
+        """The scale of each block, [..., B, G]: those of one byte are widened, exactly, and meet the outer scale."""
         if not self._has_small_scales:
             return self.scale
         scale = self.scale.view(self.scale_dtype).to(torch.bfloat16)
-        return scale if self.tensor_scale is None else scale.float() * self.tensor_scale
+        outer = self.tensor_scale if self.row_scale is None else self.row_scale
+        return scale if outer is None else scale.float() * outer
 
     def state(self) -> tuple[Any, ...]:
         """Widened scales are copies: they are void when what they were made from is written to."""
         where = super().state()
         if not self._has_small_scales:
             return where
-        sources = [t for t in (self.scale, self.tensor_scale) if t is not None]
+        sources = [t for t in (self.scale, self.tensor_scale, self.row_scale) if t is not None]
         counts = (None if t.is_inference() else t._version for t in sources)  # inner tensors may be written to alone
-        return *where, QuantizedTensor.writes, *(t.data_ptr() for t in sources), *counts
+        return *where, *(t.data_ptr() for t in sources), *counts
 
     @property
     def _has_small_scales(self) -> bool:
@@ -53,6 +59,12 @@ class MXTensor(ScaledTensor):
     """Microscaling, a prototype: fp4, fp6 or fp8 codes with e8m0 scales."""
 
     formats = ("mxfp4", "mxfp6-e2m3", "mxfp6-e3m2", "mxfp8", "mxfp8-e5m2")
+
+
+class NF4Tensor(ScaledTensor):
+    """Codes of QLoRA's NormalFloat; with double quantization scales of one byte and a float32 scale of each row."""
+
+    formats = ("nf4", "nf4-single")
 
 
 class NVFP4Tensor(ScaledTensor):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import UnsupportedOpError
-from llmquant.packing.bits import pack, unpack
+from llmquant.formats import Format
 from llmquant.primitives.blocks import block_counts
 from llmquant.tensor.base import Field, QuantizedTensor
 
@@ -36,6 +36,8 @@ def take_slice(w: QuantizedTensor, axis: int, start: int, stop: int) -> Quantize
         return w.rebuild(lambda _, t: t.narrow(axis, start, stop - start))
     side = axis + 2
     size, step = logical_size(w, axis), w.meta.block[side]
+    if axis == -1 and stop > start:
+        _check_step(w, start)
     blocks = _block_range(w, start, stop, size, step)
     meta: dict[str, Any] = {"columns": stop - start} if axis == -1 else {}
     if step >= size and stop > start:  # one block spans the axis: its parts keep the scale
@@ -44,17 +46,18 @@ def take_slice(w: QuantizedTensor, axis: int, start: int, stop: int) -> Quantize
 
     def cut(field: Field, tensor: Tensor) -> Tensor:
         nonlocal copies
-        if field.per == "matrix":
+        if field.per == "matrix" or (field.per == "row" and axis == -1):
             return tensor
         first, last = (start, stop) if field.per == "element" else blocks
         if axis == -2 or not field.packed:
             return tensor.narrow(axis, first, last - first)
         length = size if field.per == "element" else -(-size // step)
-        copies |= not _on_bytes(w.format.bits, length, first, last)
-        return _cut_packed(tensor, w.format.bits, length, first, last)
+        copies |= not _on_bytes(w.format, length, first, last)
+        return _cut_packed(tensor, w.format, length, first, last)
 
     part = w.rebuild(cut, **meta)
-    part._read_only |= copies or (stop != size and stop % step != 0) or start % step != 0
+    shares = axis == -1 and w.format.row_scale and stop - start != size
+    part._read_only |= copies or shares or (stop != size and stop % step != 0) or start % step != 0
     return part
 
 
@@ -141,14 +144,28 @@ def _block_range(w: QuantizedTensor, start: int, stop: int, size: int, step: int
     return start // step, -(-stop // step)
 
 
-def _cut_packed(packed: Tensor, bits: int, length: int, start: int, stop: int) -> Tensor:
-    if _on_bytes(bits, length, start, stop):
-        return packed[..., start * bits // 8 : (stop * bits + 7) // 8]
-    return pack(unpack(packed, bits, length)[..., start:stop], bits)
+def _check_step(w: QuantizedTensor, start: int) -> None:
+    step = w.format.packing.STEP
+    if start % step:
+        raise UnsupportedOpError(
+            f"a slice from {start} cuts {step} neighbours of {w.meta.format} that are packed together",
+            where=repr(w),
+            hint=f"start at a multiple of {step}, or dequantize()",
+        )
 
 
-def _on_bytes(bits: int, length: int, start: int, stop: int) -> bool:
-    return start * bits % 8 == 0 and (stop == length or stop * bits % 8 == 0)
+def _cut_packed(packed: Tensor, fmt: Format, length: int, start: int, stop: int) -> Tensor:
+    packing = fmt.packing
+    if _on_bytes(fmt, length, start, stop):
+        codes, width = packing.unit(fmt.bits)
+        first = start // codes * width
+        return packed[..., first : first + packing.row_bytes(stop - start, fmt.bits)]
+    return packing.pack(packing.unpack(packed, fmt.bits, length)[..., start:stop], fmt.bits)
+
+
+def _on_bytes(fmt: Format, length: int, start: int, stop: int) -> bool:
+    codes, _ = fmt.packing.unit(fmt.bits)
+    return start % codes == 0 and (stop == length or stop % codes == 0)
 
 
 def _check_joinable(parts: list[QuantizedTensor], axis: int) -> None:
@@ -171,21 +188,27 @@ def _check_joinable(parts: list[QuantizedTensor], axis: int) -> None:
     whole = side < 0 or all(logical_size(p, axis) % p.meta.block[side] == 0 for p in parts[:-1])
     if not whole:
         raise UnsupportedOpError("cat: blocks that share a scale would not line up", where=repr(first))
+    step = first.format.packing.STEP
+    if axis == -1 and any(p.meta.columns % step for p in parts[:-1]):
+        raise UnsupportedOpError(
+            f"cat: {step} neighbours that are packed together would not line up", where=repr(first)
+        )
 
 
 def _join_field(parts: list[QuantizedTensor], field: Field, axis: int) -> Tensor:
     tensors = [getattr(p, field.name) for p in parts]
-    if field.per == "matrix" and axis >= -2:
+    if (field.per == "matrix" and axis >= -2) or (field.per == "row" and axis == -1):
         return _the_same(parts, field)
     if axis != -1 or not field.packed:
         return torch.cat(tensors, axis)
-    bits = parts[0].format.bits
+    packing, bits = parts[0].format.packing, parts[0].format.bits
     lengths = [_entries(p, field) for p in parts]
-    return pack(torch.cat([unpack(t, bits, n) for t, n in zip(tensors, lengths, strict=True)], -1), bits)
+    codes = [packing.unpack(t, bits, n) for t, n in zip(tensors, lengths, strict=True)]
+    return packing.pack(torch.cat(codes, -1), bits)
 
 
 def _the_same(parts: list[QuantizedTensor], field: Field) -> Tensor:
-    """What all parts of one matrix must share."""
+    """What all parts of one matrix, or of its rows, must share."""
     first, *others = (getattr(part, field.name) for part in parts)
     if not all(torch.equal(first, other) for other in others):
         raise UnsupportedOpError(

@@ -67,9 +67,9 @@ def test_the_reader_knows_nothing_of_the_library() -> None:
     assert imported <= {"json", "struct", "pathlib", "numpy"}
 
 
-def test_the_reader_has_at_most_50_lines_of_code() -> None:
+def test_the_reader_has_at_most_60_lines_of_code() -> None:
     lines = [line for line in Path(numpy_reader.__file__).read_text().splitlines() if line.strip()]
-    assert len([line for line in lines if not line.strip().startswith(("#", '"""'))]) <= 50
+    assert len([line for line in lines if not line.strip().startswith(("#", '"""'))]) <= 60
 
 
 @pytest.mark.parametrize("case", ALL_CASES + STATIC, ids=str)

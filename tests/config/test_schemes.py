@@ -20,6 +20,7 @@ from llmquant.config.base import (
     from_dict,
 )
 from llmquant.config.named import (
+    Float8DynamicActivationFloat8SemiSparseWeightConfig,
     Float8DynamicActivationFloat8WeightConfig,
     Float8DynamicActivationInt4WeightConfig,
     Float8StaticActivationFloat8WeightConfig,
@@ -31,7 +32,10 @@ from llmquant.config.named import (
     Int8StaticActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
+    MXDynamicActivationMXWeightConfig,
     MXWeightOnlyConfig,
+    NF4WeightOnlyConfig,
+    NVFP4DynamicActivationNVFP4WeightConfig,
     NVFP4WeightOnlyConfig,
 )
 from llmquant.config.schemes import parse_config, parse_scheme
@@ -69,13 +73,19 @@ def configs(draw: st.DrawFn) -> QuantConfig:
     int8 = st.builds(Activation, inputs, st.booleans())
     float8 = st.builds(Activation, st.one_of(inputs, st.just(ALL_TOKENS)), st.just(False), st.just(FLOAT8))
     static = st.sampled_from([S8, S8_ASYM, SF8])
+    mx = st.builds(
+        Activation,
+        *(st.just(32), st.just(False), st.sampled_from([name for name, row in FORMATS.items() if row.scale_rules])),
+        st.sampled_from(["", "floor", "ceil", "even", "rceil"]),
+    )
+    nvfp4 = st.builds(Activation, st.sampled_from([0, ALL_TOKENS]), st.just(False), st.just("nvfp4"))
     return QuantConfig(
         row.name,
         granularity[draw(st.sampled_from(row.granularities))],
         draw(st.sampled_from(list(MappingType) if row.asymmetric else [MappingType.SYMMETRIC])),
         draw(st.sampled_from([None, *(row.scale_dtypes or SCALE_DTYPES.values())])),
         draw(st.sampled_from([None, *row.algorithms])),
-        draw(st.one_of(st.none(), int8, float8, static)),
+        draw(st.one_of(st.none(), int8, float8, static, mx, nvfp4)),
     )
 
 
@@ -135,6 +145,18 @@ GRAMMAR = [
     ("s8-asym-int4-g32-asym", s8(S8_ASYM, "int4", PerGroup(32), ASYM)),
     ("sf8-float8", s8(SF8, "float8")),
     ("sf8-float8-tensor", s8(SF8, "float8", PerTensor())),
+    ("mxfp8-mxfp8", a8(Activation(32, dtype="mxfp8"), "mxfp8")),
+    ("mxfp8-floor-mxfp8", a8(Activation(32, dtype="mxfp8", scale_rule="floor"), "mxfp8")),
+    ("mxfp8-rceil-mxfp8", a8(Activation(32, dtype="mxfp8", scale_rule="rceil"), "mxfp8")),
+    ("mxfp8-e5m2", WeightOnlyConfig("mxfp8-e5m2")),
+    ("mxfp8-e5m2-mxfp8", a8(Activation(32, dtype="mxfp8-e5m2"), "mxfp8")),
+    ("mxfp8-mxfp8-e5m2", a8(Activation(32, dtype="mxfp8"), "mxfp8-e5m2")),
+    ("mxfp6-e2m3-even-mxfp6-e3m2", a8(Activation(32, False, "mxfp6-e2m3", "even"), "mxfp6-e3m2")),
+    ("mxfp8-int4-g32-asym", a8(Activation(32, dtype="mxfp8"), "int4", PerGroup(32), ASYM)),
+    ("nvfp4-nvfp4", a8(Activation(ALL_TOKENS, dtype="nvfp4"), "nvfp4")),
+    ("nvfp4-tensor-nvfp4", a8(Activation(ALL_TOKENS, dtype="nvfp4"), "nvfp4")),
+    ("nvfp4-token-nvfp4", a8(Activation(0, dtype="nvfp4"), "nvfp4")),
+    ("nvfp4-token-float8-e5m2-tensor", a8(Activation(0, dtype="nvfp4"), "float8-e5m2", PerTensor())),
 ]
 
 
@@ -212,7 +234,11 @@ def test_what_search_and_scale_rule_mean() -> None:
     assert (found.algorithm, found.scale_rule, found.scale_dtype) == ("rtn", "rceil", torch.float8_e8m0fnu)
     assert from_dict({"format": "mxfp8", "scale_rule": "rceil", "algorithm": "rtn"}) == found != parse_scheme("mxfp8")
     assert found.with_algorithm("search").scale_rule == "rceil"
-    assert NVFP4WeightOnlyConfig(search=False).algorithm == "rtn"
+    assert NVFP4WeightOnlyConfig(search=False).algorithm == NF4WeightOnlyConfig(search=False).algorithm == "rtn"
+    assert NVFP4DynamicActivationNVFP4WeightConfig(search=False).algorithm == "rtn"
+    both = MXDynamicActivationMXWeightConfig("mxfp6-e3m2", scale_rule="even", search=False)
+    assert (both.algorithm, both.scale_rule, both.activation.scale_rule) == ("rtn", "even", "even")
+    assert both.scheme == "mxfp6-e3m2-even-mxfp6-e3m2" and from_dict(both.to_dict()) == both
     assert parse_scheme("mxfp4").scale_rule == "floor" and parse_scheme("nvfp4").scale_rule is None
 
 
@@ -237,6 +263,9 @@ def test_what_search_and_scale_rule_mean() -> None:
         (MXWeightOnlyConfig(), "mxfp4"),
         (MXWeightOnlyConfig("mxfp6-e3m2"), "mxfp6-e3m2"),
         (MXWeightOnlyConfig(format="mxfp8-e5m2", scale_rule="floor", search=True), "mxfp8-e5m2"),
+        (NF4WeightOnlyConfig(), "nf4"),
+        (NF4WeightOnlyConfig(double_quant=True, group_size=128), "nf4-g128"),
+        (NF4WeightOnlyConfig(double_quant=False), "nf4-single"),
         (NVFP4WeightOnlyConfig(), "nvfp4"),
         (NVFP4WeightOnlyConfig(search=True), "nvfp4"),
         (DynamicActivationConfig("int5"), "a8-int5"),
@@ -259,6 +288,13 @@ def test_what_search_and_scale_rule_mean() -> None:
         (Float8DynamicActivationFloat8WeightConfig(PerBlock((128, 128))), "f8-g128-float8-b128"),
         (Float8DynamicActivationFloat8WeightConfig((PerToken(), PerTensor())), "f8-float8-tensor"),
         (Float8DynamicActivationFloat8WeightConfig((PerTokenGroup(64), PerBlock((32, 64)))), "f8-g64-float8-b32x64"),
+        (Float8DynamicActivationFloat8SemiSparseWeightConfig(), "f8-float8-2x4"),
+        (Float8DynamicActivationFloat8SemiSparseWeightConfig(PerTokenGroup(64)), "f8-g64-float8-2x4"),
+        (MXDynamicActivationMXWeightConfig(), "mxfp8-mxfp8"),
+        (MXDynamicActivationMXWeightConfig("mxfp4"), "mxfp4-mxfp4"),
+        (MXDynamicActivationMXWeightConfig("mxfp4", act_format="mxfp8-e5m2"), "mxfp8-e5m2-mxfp4"),
+        (NVFP4DynamicActivationNVFP4WeightConfig(), "nvfp4-nvfp4"),
+        (NVFP4DynamicActivationNVFP4WeightConfig(act_granularity=PerToken()), "nvfp4-token-nvfp4"),
         (Float8DynamicActivationInt4WeightConfig(), "f8-int4"),
         (Float8DynamicActivationInt4WeightConfig(32, PerTensor(), ASYM), "f8-tensor-int4-g32-asym"),
         (Int8DynamicActivationIntxWeightConfig(), "a8-token-asym-int8-g32"),
@@ -398,6 +434,18 @@ BAD_SCHEMES = {
     "int4-b128": "no scales per block",
     "int4-a8": "-a8",
     "A8-int4": "int4",
+    "mxfp8-": "said of activations",
+    "mxfp8-itn4": "said of activations",
+    "mxfp8-rceil": "-rceil",
+    "mxfp8-none": "-none",
+    "mxfp8-token-mxfp8": "groups of 32 only",
+    "mxfp8-g32-mxfp8": "-g32-mxfp8",
+    "mxfp8-asym-mxfp8": "-asym-mxfp8",
+    "mxfp8-mxfp8-mxfp8": "'-mxfp8'",
+    "mxfp8-a8-int4": "-a8-int4",
+    "nvfp4-tensor": "no scales per tensor",
+    "nvfp4-floor-nvfp4": "no scale rule",
+    "a8-mxfp8-mxfp8": "'-mxfp8'",
 }
 
 
@@ -419,7 +467,7 @@ def test_no_text_does_anything_but_parse_or_raise_a_config_error(text: str) -> N
 
 
 @given(
-    st.sampled_from(["", "a8", "a8-", "f8", "f8-"]),
+    st.sampled_from(["", "a8", "a8-", "f8", "f8-", "mxfp8-", "mxfp8-rceil-", "nvfp4-token-"]),
     st.one_of(st.just(""), st.text("-g0123456789tokenaysm", max_size=12)),
     st.sampled_from(sorted(FORMATS)),
     st.text("-g0123456789rowtensaymi", max_size=12),
@@ -445,10 +493,20 @@ BAD_CONFIGS: dict[str, tuple[Any, str]] = {
     "groups of another size": (lambda: WeightOnlyConfig("nvfp4", PerGroup(32)), "16"),
     "rows of mxfp4": (lambda: WeightOnlyConfig("mxfp4", PerRow()), "group"),
     "other scales of mxfp4": (lambda: WeightOnlyConfig("mxfp4", scale_dtype=torch.float16), "float8_e8m0fnu"),
+    "float scales quantized twice": (lambda: NF4WeightOnlyConfig(scale_dtype=torch.float16), "uint8"),
+    "whole scales of nf4-single": (lambda: WeightOnlyConfig("nf4-single", scale_dtype=torch.uint8), "float16"),
+    "2:4 per tensor": (lambda: WeightOnlyConfig("float8-2x4", PerTensor()), "row"),
+    "rows of nf4": (lambda: WeightOnlyConfig("nf4", PerRow()), "group"),
     "small scales of int4": (lambda: WeightOnlyConfig("int4", scale_dtype=E4M3), "float16"),
     "unknown rule": (lambda: MXWeightOnlyConfig(scale_rule="round"), "rceil"),
     "a rule where there is one only": (lambda: WeightOnlyConfig("nvfp4", scale_rule="floor"), "leave it out"),
     "no MX format": (lambda: MXWeightOnlyConfig("nvfp4"), "mxfp8"),
+    "no MX format of activations": (lambda: MXDynamicActivationMXWeightConfig("mxfp8", "float8"), "mxfp6-e2m3"),
+    "unknown rule on both sides": (lambda: MXDynamicActivationMXWeightConfig(scale_rule="round"), "rceil"),
+    "nvfp4 activations in groups": (
+        lambda: NVFP4DynamicActivationNVFP4WeightConfig(act_granularity=PerTokenGroup(16)),
+        "PerToken() or PerTensor()",
+    ),
     "no integer": (lambda: IntxWeightOnlyConfig(torch.float32), "torch.int4"),
     "no float8": (lambda: Float8WeightOnlyConfig(torch.int8), "float8_e4m3fn"),
     "activations per row": (lambda: Int8DynamicActivationInt4WeightConfig(32, PerRow()), "PerToken"),

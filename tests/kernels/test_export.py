@@ -7,18 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import Case
+import torch.nn.functional as F
+from cases import ONE_PER_FORMAT, Case, make_weight
 from torch import Tensor, nn
 
 OPERATORS = {
     "int4-g32": torch.ops.llmquant.linear.default,
     "int3-g16-asym": torch.ops.llmquant.linear.default,
     "float8-row": torch.ops.llmquant.linear.default,
+    "f8-float8": torch.ops.llmquant.linear_float8.default,
+    "s8-asym-int8": torch.ops.llmquant.linear_int8_static.default,
+    "sf8-float8": torch.ops.llmquant.linear_float8_static.default,
+    "nvfp4": torch.ops.llmquant.linear.default,
     "a8-int4-g32": torch.ops.llmquant.linear_int8.default,
     "a8-token-asym-int8-g32-asym": torch.ops.llmquant.linear_int8.default,
 }
 every_scheme = pytest.mark.parametrize("scheme", OPERATORS)
-CODECS = (torch.ops.llmquant.linear.default, torch.ops.llmquant.linear_int8.default)
+CODECS = set(OPERATORS.values())
 ROWS = torch.export.Dim("rows", min=1, max=64)
 
 
@@ -65,6 +70,70 @@ def test_a_compiled_model_calls_the_same_operators(scheme: str) -> None:
     for rows in (5, 2, 17):
         x = torch.randn(rows, 64)
         assert torch.equal(compiled(x), model(x))
+
+
+QUICK = ("int4-g32", "int3-g16-asym", "f8-float8", "mxfp4-g32", "nvfp4", "a8-token-int8")
+SLOW = [*map(str, ONE_PER_FORMAT), *OPERATORS, "int8-tensor", "float8-b16", "f8-tensor-int4-g32", "f8-g16-mxfp8"]
+SLOW += ["a8-mxfp4", "a8-nvfp4"]
+every_kind = pytest.mark.parametrize(
+    "scheme", [*QUICK, *(pytest.param(s, marks=pytest.mark.slow) for s in dict.fromkeys(SLOW) if s not in QUICK)]
+)
+
+
+class Mixture(nn.Module):
+    """Every way a model meets a weight: a table, linears, weights stored [in, out], and stacks of experts of both."""
+
+    def __init__(self, scheme: str) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.table, self.head = self.weight(32, 64), self.weight(32, 64)
+        self.flipped = self.weight(64, 64, transposed=True)
+        self.experts, self.flipped_experts = self.weight(3, 64, 64), self.weight(3, 64, 64, transposed=True)
+        self.bias = nn.Parameter(torch.randn(64), requires_grad=False)
+
+    def weight(self, *shape: int, transposed: bool = False) -> nn.Parameter:
+        made = Case(self.scheme).quantize(make_weight(shape, seed=len(self._parameters)), transposed)
+        return nn.Parameter(made, requires_grad=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = F.embedding(ids, self.table)
+        x = x + (x.flatten(0, 1) @ self.flipped).view(x.shape)
+        x = x + torch.stack([F.linear(x, expert, self.bias) for expert in self.experts.unbind()]).sum(0)
+        x = x + F.linear(x, self.experts[1])
+        x = x + (x.flatten(0, 1).expand(3, -1, -1) @ self.flipped_experts).sum(0).view(x.shape)
+        return F.linear(x, self.head)
+
+
+SIZES = ((2, 5), (3, 7), (1, 33))  # sequences, tokens
+BOTH = {0: torch.export.Dim("sequences", min=1, max=8), 1: torch.export.Dim("tokens", min=1, max=64)}
+
+
+@every_kind
+@torch.no_grad()
+def test_sequences_and_tokens_of_an_exported_program_may_vary(scheme: str) -> None:
+    model = Mixture(scheme)
+    program = torch.export.export(model, (torch.zeros(2, 5, dtype=torch.int64),), dynamic_shapes=(BOTH,))
+    lowered = program.run_decompositions()
+    assert not any("Quantized" in str(value) for value in (lowered.graph, *lowered.state_dict))
+    assert not any(".mm." in str(node.target) or ".bmm." in str(node.target) for node in lowered.graph.nodes)
+    for size in SIZES:
+        ids = torch.randint(0, 32, size)
+        assert torch.equal(program.module()(ids), model(ids))
+        assert torch.equal(lowered.module()(ids), model(ids))
+
+
+@every_kind
+@torch.no_grad()
+def test_and_so_they_may_of_a_compiled_model(scheme: str) -> None:
+    model = Mixture(scheme)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for size in SIZES[:2]:
+        ids = torch.randint(0, 32, size)
+        for dim in (0, 1):
+            torch._dynamo.mark_dynamic(ids, dim)
+        with torch.compiler.set_stance("default" if size == SIZES[0] else "fail_on_recompile"):
+            assert torch.equal(compiled(ids), model(ids))
 
 
 @pytest.mark.slow

@@ -221,7 +221,7 @@ def test_a_scale_that_changes_before_backward_is_noticed() -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("op", ["linear", "linear_int8", "matmul", "embedding"])
+@pytest.mark.parametrize("op", ["linear", "linear_int8", "linear_float8", "matmul", "embedding"])
 @pytest.mark.parametrize("zeros", [False, True], ids=["scales", "zeros"])
 def test_opcheck(op: str, zeros: bool) -> None:
     weight = trainable(Case("int4-g32-asym"), zeros)
@@ -229,6 +229,7 @@ def test_opcheck(op: str, zeros: bool) -> None:
     arguments = {
         "linear": (x, *weight, bias),
         "linear_int8": (x, *weight, 32, False, bias),
+        "linear_float8": (x, *weight, 32, bias),
         "matmul": (torch.randn(2, 3, ROWS, requires_grad=True), *weight),
         "embedding": (torch.randint(ROWS, (2, 3)), *weight, torch.float32),
     }

@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from cases import ALL_CASES, DTYPES, ONE_PER_FORMAT, VALUES, Case, make_weight, read_codes
+from cases import ALL_CASES, DTYPES, ONE_PER_FORMAT, VALUES, Case, make_weight, read_codes, read_elements
 from torch import Tensor
 
 from llmquant.errors import ConfigError
@@ -47,7 +47,7 @@ def packed(case: Case, shape: tuple[int, int] = (ROWS, COLUMNS)) -> Packed:
 def at_scale_one(weight: Packed) -> np.ndarray:
     """Codes less zeros (float8: the numbers that codes stand for) as float64, read without the library."""
     fmt, (down, along) = FORMATS[weight.format], weight.block
-    codes = read_codes(weight.qdata, fmt.bits, weight.columns)
+    codes = read_elements(weight.qdata, fmt, weight.columns)
     zeros = None
     if weight.zero_point is not None:
         points = read_codes(weight.zero_point, fmt.bits, weight.scale.shape[1])

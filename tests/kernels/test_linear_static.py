@@ -11,7 +11,15 @@ from torch import Tensor
 
 from llmquant.kernels import cpu, ops, reference
 from llmquant.kernels.packed import Packed
-from llmquant.primitives.dynamic import ALL_TOKENS, FLOAT8, INT8, Activation, StaticScale, quantize_activation
+from llmquant.primitives.dynamic import (
+    ALL_TOKENS,
+    FLOAT8,
+    INT8,
+    Activation,
+    StaticScale,
+    fake_quantize,
+    quantize_activation,
+)
 
 ROWS, COLUMNS = 40, 200
 # Sums in float32 and their rounding; tiles take bfloat16 inputs and weights as bfloat16.
@@ -101,11 +109,44 @@ def test_opcheck(scheme: str, bias: bool, given: tuple[Activation, StaticScale])
     torch.library.opcheck(torch.ops.llmquant.linear_int8_static.default, args)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scheme", ["int4-g32", "float8"])
+def test_opcheck_of_float8(scheme: str, bias: bool) -> None:
+    x, b = torch.randn(2, 3, COLUMNS, requires_grad=True), torch.randn(ROWS, requires_grad=True)
+    args = (x, *packed(scheme), SYMMETRIC[1].scale, *([b] if bias else []))
+    torch.library.opcheck(torch.ops.llmquant.linear_float8_static.default, args)
+
+
+@every_backend
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck_of_rounding(dtype: torch.dtype) -> None:
-    x = torch.randn(2, 3, COLUMNS, dtype=dtype, requires_grad=True)
-    for given, kind in ((SYMMETRIC, FLOAT8), (SYMMETRIC, INT8), (ASYMMETRIC, INT8)):
-        torch.library.opcheck(torch.ops.llmquant.fake_quantize_static.default, (x, *given[1], kind))
+def test_float8_products_are_those_of_rounded_inputs(name: str, scheme: str, dtype: torch.dtype) -> None:
+    x, bias, scale = inputs(20, dtype), torch.randn(ROWS), SYMMETRIC[1].scale
+    seen = (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+    wanted = seen.to(dtype).double() @ packed(scheme).dequantize().double().T + bias.double()
+    activation = Activation(ALL_TOKENS, dtype=FLOAT8, static=True)
+    found = backend(name).linear_float8(x, packed(scheme), activation, bias, SYMMETRIC[1])
+    assert relative(found, wanted) < TOLERANCE[dtype]
+
+
+def test_scales_of_the_weight_meet_the_input_as_its_float8_codes_mean_it() -> None:
+    weight, x = packed("float8"), torch.randn(5, COLUMNS)
+    activation = Activation(ALL_TOKENS, dtype=FLOAT8, static=True)
+    scale = weight.scale.clone().requires_grad_()
+    ops.linear_float8(x, weight._replace(scale=scale), activation, None, SYMMETRIC[1]).square().sum().backward()
+    again = weight.scale.clone().requires_grad_()
+    seen = fake_quantize(x, activation, SYMMETRIC[1])
+    ops.linear(seen, weight._replace(scale=again)).square().sum().backward()
+    assert torch.equal(scale.grad, again.grad) and not torch.equal(seen, x)
+
+
+def test_nothing_is_rounded_with_a_scale_that_is_missing() -> None:
+    for x in (torch.randn(2, COLUMNS), torch.randn(2, COLUMNS, requires_grad=True)):
+        for dtype in (INT8, FLOAT8):
+            with pytest.raises(RuntimeError, match="does not go with"):
+                ops.linear_as(x, packed("int4-g32"), Activation(ALL_TOKENS, dtype=dtype, static=True))
+        with pytest.raises(RuntimeError, match="does not go with"):
+            ops.fake_quantize(x, Activation(ALL_TOKENS, dtype=FLOAT8, static=True))
 
 
 @every_scale

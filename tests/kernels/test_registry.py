@@ -32,4 +32,4 @@ def test_without_the_library_the_reference_serves_and_says_so_once() -> None:
 
 def test_reasons_name_what_refused() -> None:
     choice = registry.choose("int4", (1, 32), 64, "meta")
-    assert choice == ("reference", f"{', '.join(cpu.BACKENDS)}: the weight lies on meta")
+    assert choice == ("reference", f"{', '.join(cpu.BACKENDS)}, aten, triton: the weight lies on meta")

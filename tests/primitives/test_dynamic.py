@@ -336,8 +336,8 @@ def test_json_of_earlier_versions_is_read() -> None:
 
 # --- static scales ----------------------------------------------------------------------------------------
 
-STATIC = [Activation(ALL_TOKENS, False, INT8, True), Activation(ALL_TOKENS, True, INT8, True)]
-STATIC.append(Activation(ALL_TOKENS, False, FLOAT8, True))
+STATIC = [Activation(ALL_TOKENS, False, INT8, static=True), Activation(ALL_TOKENS, True, INT8, static=True)]
+STATIC.append(Activation(ALL_TOKENS, False, FLOAT8, static=True))
 every_static = pytest.mark.parametrize("activation", STATIC, ids=lambda a: a.scheme)
 
 
@@ -437,6 +437,17 @@ BAD: dict[str, Any] = {
     "negative": lambda: Activation(-2, dtype=FLOAT8),
     "int8 for all tokens": lambda: Activation(ALL_TOKENS),
     "unknown dtype": lambda: Activation(0, dtype="float8_e5m2"),
+    "a format without fixed blocks": lambda: Activation(32, dtype="float8"),
+    "mx in other groups": lambda: Activation(16, dtype="mxfp8"),
+    "mx for all tokens": lambda: Activation(ALL_TOKENS, dtype="mxfp8"),
+    "mx with zero points": lambda: Activation(32, True, "mxfp8"),
+    "mx by an unknown rule": lambda: Activation(32, dtype="mxfp8", scale_rule="round"),
+    "a rule for int8": lambda: Activation(32, scale_rule="floor"),
+    "a rule for nvfp4": lambda: Activation(0, dtype="nvfp4", scale_rule="floor"),
+    "nvfp4 in groups": lambda: Activation(16, dtype="nvfp4"),
+    "a rule that is no text": lambda: Activation.from_dict(
+        {**Activation(32, dtype="mxfp8").to_dict(), "scale_rule": 1}
+    ),
     "float8 with zero points": lambda: Activation(0, True, FLOAT8),
     "too large": lambda: Activation(2**31),
     "no group": lambda: PerTokenGroup(0),

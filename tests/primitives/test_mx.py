@@ -49,7 +49,7 @@ def published(rule: str, amax: float, name: str) -> int:
 def magnitudes() -> list[float]:
     """Powers of two, every place where some rule changes its mind, and the float32 numbers next to them."""
     edges = torch.tensor([1.0, 1.25, 1.5, 1.75, 1.875, 1.9375, 1.96875, 1.125])
-    x = torch.cat([edges * 2.0**e for e in (-60, -7, 0, 1, 9, 60)])
+    x = torch.cat([edges * 2.0**e for e in (-60, -7, 0, 1, 9, 60, 127)])
     near = [torch.nextafter(x, torch.full_like(x, end)) for end in (0.0, torch.inf)]
     return torch.cat([x, *near]).tolist()
 

@@ -69,6 +69,11 @@ class At:
         """Whether a whole matrix shares a second scale, or one of its inputs."""
         return self.case.format.tensor_scale or self.case in STATIC
 
+    @property
+    def packed_together(self) -> int:
+        """Columns that are packed together."""
+        return self.case.format.packing.STEP
+
     def weight(self) -> QuantizedTensor:
         return self.layout.quantize(self.case, self.dtype)
 
@@ -123,8 +128,8 @@ def straight_matrices(at: At) -> bool:
 
 
 def cuts_columns(start: int) -> When:
-    """Where a block of several begins before that column and ends behind it."""
-    return lambda at: at.block[1] < COLUMNS and start % at.block[1] != 0
+    """Where a block of several, or codes that are packed together, begin before that column and end behind it."""
+    return lambda at: (at.block[1] < COLUMNS and start % at.block[1] != 0) or start % at.packed_together != 0
 
 
 def shares_rows(at: At) -> bool:
@@ -187,6 +192,16 @@ def folds_experts(at: At) -> bool:
     return experts(at) and (transposed(at) or at.one_matrix_scale)
 
 
+ENDS = torch.tensor([1, 1, 6], dtype=torch.int32)  # of seven tokens: one, none, five, and one that no expert takes
+
+
+def _token_by_token(w: QuantizedTensor, at: At) -> Tensor:
+    """What `_grouped_mm` of torch gives, which wants other sizes, and leaves the last row as it was."""
+    x, plain = given(w, 7, w.shape[-2]).float(), w.dequantize(torch.float32)
+    rows = [x[i] @ plain[e] for i, e in enumerate((0, 2, 2, 2, 2, 2))]
+    return torch.stack([*rows, torch.zeros_like(rows[0])]).to(w.dtype)
+
+
 PRODUCTS: dict[str, Operation] = {
     "linear": _product(lambda t, at: F.linear(given(t, 3, t.shape[-1]), t), on=matrices),
     "linear with bias": _product(lambda t, at: F.linear(given(t, 2, 3, t.shape[-1]), t, given(t, len(t))), on=matrices),
@@ -238,17 +253,33 @@ PRODUCTS: dict[str, Operation] = {
         lambda t, at: torch.baddbmm(given(t, EXPERTS, 1, t.shape[-1]), given(t, EXPERTS, 3, t.shape[-2]), t, alpha=0.5),
         on=experts,
     ),
-    "einsum": _product(
-        lambda t, at: torch.einsum("bk,nk->bn", given(t, 3, t.shape[-1]), t),
-        on=matrices,
-        refused=always,
-        named="einsum|permute|unsqueeze|squeeze|view",
+    "einsum": _product(lambda t, at: torch.einsum("bk,nk->bn", given(t, 3, t.shape[-1]), t), on=matrices),
+    "einsum in another order": _product(
+        lambda t, at: torch.einsum("nk, akb -> bna", [t, given(t, 2, t.shape[-1], 3)]), on=matrices
     ),
+    "einsum along the rows": _product(
+        lambda t, at: torch.einsum("...n,nk->...k", given(t, 2, 3, len(t)), t), on=matrices
+    ),
+    "einsum of experts": _product(
+        lambda t, at: torch.einsum("bek,enk->nbe", given(t, 2, EXPERTS, t.shape[-1]), t), on=experts
+    ),
+    "einsum of no experts": _product(
+        lambda t, at: torch.einsum("bek,enk->nbe", given(t, 2, 0, t.shape[-1]), t[:0]), on=experts
+    ),
+    "einsum of all experts": _product(
+        lambda t, at: torch.einsum("bk,enk->ben", given(t, 2, t.shape[-1]), t), on=experts, refused=always
+    ),
+    "einsum of two": _product(lambda t, at: torch.einsum("...nk,...mk->...nm", t, t), refused=always),
     "_grouped_mm": _product(
-        lambda t, at: torch._grouped_mm(given(t, 6, t.shape[-2]), t, torch.tensor([1, 3, 6], dtype=torch.int32)),
+        lambda t, at: torch._grouped_mm(given(t, 7, t.shape[-2]), t, ENDS), on=experts, oracle=_token_by_token
+    ),
+    "grouped_mm of mT": _product(
+        lambda t, at: F.grouped_mm(given(t, 7, t.shape[-1]), t.mT, offs=ENDS),
         on=experts,
-        refused=always,
-        oracle=unknown,
+        oracle=lambda w, at: _token_by_token(w.mT, at),
+    ),
+    "_grouped_mm of a weight's rows": _product(
+        lambda t, at: torch._grouped_mm(t[0], t, ENDS), on=experts, refused=always, oracle=unknown
     ),
     "embedding": _product(
         lambda t, at: F.embedding(torch.tensor([[5, 0], [0, 3]]), t), on=matrices, refused=transposed
@@ -356,7 +387,7 @@ def _by_rows(at: At) -> bool:
 
 
 def _ends_in_a_block(at: At) -> bool:
-    return COLUMNS % at.block[1] != 0
+    return COLUMNS % at.block[1] != 0 or COLUMNS % at.packed_together != 0
 
 
 PICKS: dict[str, Operation] = {
@@ -416,6 +447,8 @@ PICKS: dict[str, Operation] = {
     "flip": Operation(lambda t, at: t.flip(0), refused=always),
     "diagonal": Operation(lambda t, at: t.diagonal(0, -2, -1), refused=always),
     "as_strided": Operation(lambda t, at: t.as_strided((2, 2), (1, 1)), refused=always),
+    "as_strided as it is": Operation(lambda t, at: t.as_strided(t.shape, t.stride())),
+    "as_strided of the first": Operation(lambda t, at: t.as_strided((t.shape[0] - 1, *t.shape[1:]), t.stride())),
     "tril": Operation(lambda t, at: t.tril(), refused=always),
     "sort": Operation(lambda t, at: t.sort(), refused=always),
 }
@@ -478,7 +511,13 @@ COPIES: dict[str, Operation] = {
     "ones_like": Operation(lambda t, at: torch.ones_like(t), refused=always),
     "rand_like": Operation(lambda t, at: torch.rand_like(t), refused=always),
     "new_empty": Operation(lambda t, at: t.new_empty(0, 2), refused=always),
+    "pad": Operation(lambda t, at: F.pad(t, (0, 1)), refused=always, named="constant_pad_nd"),
     "new_zeros": Operation(lambda t, at: t.new_zeros(2, 2), refused=always),
+    "new_zeros of its shape": Operation(lambda t, at: t.new_zeros(t.shape)),
+    "new_zeros of half": Operation(
+        lambda t, at: t.new_zeros((t.shape[0] // 2, *t.shape[1:])),
+        refused=lambda at: transposed(at) and matrices(at),
+    ),
 }
 
 
@@ -522,7 +561,8 @@ def _columns_share(start: int, stop: int) -> When:
 
     def shares(at: At) -> bool:
         step, bits = at.block[1], at.case.format.bits
-        if at.one_matrix_scale or step >= COLUMNS or start % step or (stop != COLUMNS and stop % step):
+        outer = at.one_matrix_scale or at.case.format.row_scale
+        if outer or step >= COLUMNS or start % step or (stop != COLUMNS and stop % step):
             return True
         odd = [start, stop] if stop != COLUMNS else [start]
         blocks = [n // step for n in odd] if at.case.asymmetric else []

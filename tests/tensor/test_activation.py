@@ -1,4 +1,4 @@
-"""Weights that ask for int8 activations: every product obeys, nothing else does, and no operation forgets it."""
+"""Weights that ask for quantized activations: every product obeys, nothing else does, no operation forgets it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from llmquant.errors import UnsupportedOpError
 from llmquant.kernels import ops
-from llmquant.primitives.dynamic import Activation
 from llmquant.tensor import QuantizedTensor
 
-A8 = Activation(48, asymmetric=True)
 CASES = [Case(f"a8-g48-asym-{stem}") for stem in ("int4-g32", "int3-g24-asym", "float8")]
+CASES += [
+    Case(scheme) for scheme in ("f8-g48-float8", "mxfp8-rceil-mxfp6-e2m3", "nvfp4-token-nvfp4", "mxfp4-int3-g24-asym")
+]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 MODES = (torch.no_grad, torch.inference_mode, torch.enable_grad)
 
@@ -33,6 +34,7 @@ ALONG_COLUMNS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "vectors @ w.t()": lambda x, b, w: torch.stack([token @ w.t() for token in x]) + b,
     "addmm": lambda x, b, w: torch.addmm(b, x, w.t()),
     "w @ x": lambda x, b, w: (w @ x.t()).t() + b,
+    "einsum": lambda x, b, w: torch.einsum("nk,bk->bn", w, x) + b,
     "rows": lambda x, b, w: torch.cat([F.linear(x, w[:2]), F.linear(x, w[2:])], -1) + b,
     "joined rows": lambda x, b, w: F.linear(x, torch.cat([w[:2], w[2:]]), b),
     "picked rows": lambda x, b, w: F.linear(x, w[torch.arange(ROWS)], b),
@@ -45,11 +47,20 @@ def quantized(case: Case, at: Layout = LAYOUTS[0]) -> QuantizedTensor:
     return case.quantize(make_weight(at.shape) * 10, at.transposed)
 
 
+def rounded_product(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+    return ops.linear_as(x, weight.packed(), weight.meta.activation, bias)
+
+
+def unasked(case: Case) -> Case:
+    """The weight of a case alone."""
+    return Case(case.scheme.removeprefix(f"{case.config.activation.scheme}-"))
+
+
 @every_case
 @pytest.mark.parametrize("name", ALONG_COLUMNS)
 def test_products_quantize_their_input(name: str, case: Case) -> None:
     weight, x, bias = quantized(case), torch.randn(3, COLUMNS), torch.randn(ROWS)
-    wanted = ops.linear_int8(x, weight.packed(), A8, bias)
+    wanted = rounded_product(x, weight, bias)
     assert not torch.allclose(wanted, ops.linear(x, weight.packed(), bias), rtol=1e-4, atol=1e-4)
     for mode in MODES:
         with mode():
@@ -66,14 +77,17 @@ def test_conv1d_of_gpt2_quantizes_its_input(case: Case) -> None:
     x = torch.randn(2, 3, COLUMNS)
     for mode in MODES:
         with mode():
-            torch.testing.assert_close(layer(x), ops.linear_int8(x, weight.t().packed(), A8, layer.bias))
+            torch.testing.assert_close(layer(x), rounded_product(x, weight.t(), layer.bias))
 
 
 @every_case
 def test_experts_quantize_their_input(case: Case) -> None:
     weight, x = quantized(case, LAYOUTS[2]), torch.randn(3, 4, COLUMNS)
-    wanted = torch.stack([ops.linear_int8(x[i], weight[i].packed(), A8) for i in range(3)])
+    wanted = torch.stack([rounded_product(x[i], weight[i]) for i in range(3)])
     torch.testing.assert_close(torch.bmm(x, weight.mT), wanted)
+    sorted_tokens, ends = x.flatten(0, 1), torch.tensor([4, 8, 12], dtype=torch.int32)
+    torch.testing.assert_close(torch._grouped_mm(sorted_tokens, weight.mT, ends), wanted.flatten(0, 1))
+    torch.testing.assert_close(torch.einsum("etk,enk->etn", x, weight), wanted)
     torch.testing.assert_close(F.linear(x[1], weight[1]), wanted[1])
 
 
@@ -94,7 +108,7 @@ def test_a_table_is_read_exactly(case: Case) -> None:
 
 @every_case
 def test_gradients_are_those_of_the_weight_alone(case: Case) -> None:
-    weight, plain = quantized(case), quantized(Case(case.scheme.removeprefix("a8-g48-asym-")))
+    weight, plain = quantized(case), quantized(unasked(case))
     found = []
     for w in (weight, plain):
         x, bias = torch.ones(3, COLUMNS, requires_grad=True), torch.ones(ROWS, requires_grad=True)
@@ -131,7 +145,7 @@ KEEPING: dict[str, Callable[[Any, Layout], Any]] = {
 @pytest.mark.parametrize("name", KEEPING)
 def test_no_operation_forgets_it(name: str, at: Layout, case: Case) -> None:
     found = KEEPING[name](quantized(case, at), at)
-    assert isinstance(found, QuantizedTensor) and found.meta.activation == A8
+    assert isinstance(found, QuantizedTensor) and found.meta.activation == case.config.activation
 
 
 @every_case
@@ -143,16 +157,16 @@ def test_torch_save_keeps_it(case: Case, tmp_path: Any) -> None:
 
 @every_case
 def test_repr_shows_it(case: Case) -> None:
-    plain = Case(case.scheme.removeprefix("a8-g48-asym-"))
-    assert "activation=a8-g48-asym" in repr(quantized(case)) and "activation" not in repr(quantized(plain))
+    said = f"activation={case.config.activation.scheme}"
+    assert said in repr(quantized(case)) and "activation" not in repr(quantized(unasked(case)))
 
 
 @every_case
 def test_weights_that_differ_in_it_are_not_alike(case: Case) -> None:
-    stem = case.scheme.removeprefix("a8-g48-asym-")
+    stem = unasked(case).scheme
     weight = quantized(case)
     assert torch.equal(weight, quantized(Case(case.scheme)))
-    for other in (quantized(Case(stem)), quantized(Case(f"a8-{stem}")), quantized(Case(f"a8-g48-{stem}"))):
+    for other in (quantized(Case(stem)), quantized(Case(f"a8-{stem}")), quantized(Case(f"mxfp8-{stem}"))):
         assert torch.equal(weight.dequantize(), other.dequantize()) and not torch.equal(weight, other)
         with pytest.raises(UnsupportedOpError):
             torch.cat([weight, other])

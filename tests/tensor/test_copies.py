@@ -78,7 +78,8 @@ def test_every_inner_tensor_is_listed(case: Case) -> None:
     weight = LAYOUTS[0].quantize(case)
     names, _ = weight.__tensor_flatten__()
     assert names == [f.name for f, _ in weight.parts()]
-    assert names == ["qdata", "scale"] + ["zero_point"] * case.asymmetric + ["tensor_scale"] * case.format.tensor_scale
+    outer = ["tensor_scale"] * case.format.tensor_scale + ["row_scale"] * case.format.row_scale
+    assert names == ["qdata", "scale"] + ["zero_point"] * case.asymmetric + outer
 
 
 @every_format
@@ -210,17 +211,20 @@ def check_bytes(case: Case, at: Layout) -> None:
     weight, fmt = at.quantize(case), case.format
     block_rows, block_columns = weight.meta.block
     across, along = -(-6 // block_rows), -(-70 // block_columns)
-    matrix = 6 * -(-70 * fmt.bits // 8) + across * along * weight.scale.dtype.itemsize
+    sparse = fmt.storage == "semisparse"  # 18 fours of two codes, and their places
+    row = 2 * 18 + 18 // 2 if sparse else -(-70 * fmt.bits // 8)
+    matrix = 6 * row + across * along * weight.scale.dtype.itemsize
     if case.asymmetric:
         matrix += across * -(-along * fmt.bits // 8)
-    matrix += 4 * fmt.tensor_scale
+    matrix += 4 * fmt.tensor_scale + 4 * across * fmt.row_scale
     assert weight.nbytes == matrix * (3 if at.experts else 1)
     assert weight.nbytes == sum(tensor.nbytes for _, tensor in weight.parts())
     assert weight.element_size() * weight.numel() == pytest.approx(weight.nbytes, rel=1e-12)
     assert weight.numel() == torch.Size(at.shape).numel()
     # What the format promises: its bits, plus the scales.
-    assert weight.qdata.nbytes * 8 >= weight.numel() * fmt.bits
-    assert weight.qdata.nbytes * 8 < (weight.numel() / 70) * (70 * fmt.bits + 8)
+    bits, columns = (5, 72) if sparse else (fmt.bits, 70)
+    assert weight.qdata.nbytes * 8 >= weight.numel() * bits
+    assert weight.qdata.nbytes * 8 < (weight.numel() / 70) * (columns * bits + 8)
 
 
 @every_format

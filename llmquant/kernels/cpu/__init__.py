@@ -14,7 +14,13 @@ from llmquant.errors import ConfigError
 from llmquant.formats import get_format
 from llmquant.kernels.cpu import library
 from llmquant.kernels.packed import Packed
-from llmquant.primitives.dynamic import Activation, StaticScale, dequantize_activation, quantize_activation
+from llmquant.primitives.dynamic import (
+    Activation,
+    StaticScale,
+    dequantize_activation,
+    fake_quantize,
+    quantize_activation,
+)
 from llmquant.primitives.spec import QParams
 
 _PANEL_ELEMENTS = 2**20
@@ -173,6 +179,12 @@ class Native:
             return self.linear(seen, weight, bias).to(x.dtype)
         kind, group = 2 if activation.asymmetric else 1, activation.width(weight.columns)
         return self._linear(x, weight, bias, kind, group, static)
+
+    def linear_float8(
+        self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None, static: StaticScale | None = None
+    ) -> Tensor:
+        """The same with x as its float8 codes stand for it, in x's dtype."""
+        return self.linear(fake_quantize(x, activation, static), weight, bias)
 
     def embedding(self, indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
         """indices [...] int -> rows of the table, [..., K] in `dtype`."""

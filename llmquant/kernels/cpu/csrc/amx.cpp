@@ -26,13 +26,19 @@ void int8_tile_linear(const Matrix& w, const Inputs& in);
 
 namespace {
 
-constexpr int64_t PANEL = 256, DEPTH = 512;  // rows and columns that are decoded at a time ...
-constexpr int64_t DEPTH_OF_PARTS = 128;      // ... and columns where inputs have several parts
+constexpr int64_t PANEL = 256;        // rows that are decoded at a time, in so many ...
+constexpr int64_t DEPTH = 2;          // ... pieces: longer ones are fetched faster from memory
+constexpr int64_t LENGTH[] = {8, 4};  // chunks of a piece, without and with parts: a pair of tiles each of rows and of
+                                      // tokens lies in the first-level cache
 constexpr int64_t MOST_PACKED = 16 << 20;    // bytes of inputs that are packed at a time
 constexpr float TINY = 0x1p-64f;             // parts of a token with no larger input may come to nothing
 // Inputs from which tiles are faster than vectors: float32, float16, bfloat16; int8 codes; int8 codes that become
 // bfloat16.
 constexpr int64_t FEWEST_PLAIN[] = {8, 10, 10}, FEWEST_CODES = 6, FEWEST_MIXED = 20;
+
+// Where 16 even ones and 16 odd ones stand when they take turns.
+alignas(64) constexpr uint16_t IN_TURN[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 
 int input_parts(const Inputs& in) { return in.type == FLOAT_F32 ? 3 : in.type == FLOAT_F16 ? 2 : 1; }
 
@@ -42,20 +48,75 @@ INLINE __m512i load_bfloats(const uint16_t* x, int64_t left) {
     return _mm512_maskz_loadu_epi16(present, x);
 }
 
+// The largest of 32 magnitudes, as bits of bfloat16.
+TARGET inline uint32_t largest_magnitude(__m512i magnitudes) {
+    const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(magnitudes), _mm512_extracti64x4_epi64(magnitudes, 1));
+    const __m128i quarter = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    const __m128i least = _mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi32(-1)));
+    return static_cast<uint16_t>(~_mm_cvtsi128_si32(least));
+}
+
+// `quantize_group` of symmetric bfloat16 inputs, decoded again and rounded to bfloat16.
+TILES void decode_symmetric(const Inputs& in, int64_t at, int64_t count, uint16_t* out) {
+    const uint16_t* x = static_cast<const uint16_t*>(in.x) + at;
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    const __m512i in_turn = _mm512_load_si512(IN_TURN);
+    __m512i largest = _mm512_setzero_si512();
+    for (int64_t k = 0; k < count; k += WIDTH) {
+        _mm_prefetch(x + k + 512, _MM_HINT_T0);
+        largest = _mm512_max_epu16(largest, _mm512_and_si512(load_bfloats(x + k, count - k), magnitude));
+    }
+    const uint32_t top = largest_magnitude(largest);
+    const bool finite = top < 0x7f80;
+    const float scale = finite ? activation_scale(in, 0.f, float_of(top << 16)) : std::numeric_limits<float>::quiet_NaN();
+    const Divisor divisor = make_divisor(scale > 0 ? scale : 1.f);
+    const __m512 factor = _mm512_set1_ps(scale);
+    const auto decode = [&](__m512 numbers) TILES __attribute__((always_inline)) {
+        const __m512i code = nearest_quotients(numbers, divisor);
+        const __m512i kept = _mm512_max_epi32(_mm512_min_epi32(code, _mm512_set1_epi32(127)), _mm512_set1_epi32(-127));
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(kept), factor);
+    };
+    for (int64_t k = 0; k < count; k += WIDTH) {
+        const __m512i both = load_bfloats(x + k, count - k);
+        const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+        const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(both, upper));
+        const __m512i values = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(decode(odd), decode(even)));
+        const __mmask32 present = count - k >= WIDTH ? ~0u : (1u << (count - k)) - 1;
+        _mm512_mask_storeu_epi16(out + k, present, _mm512_permutexvar_epi16(in_turn, values));
+    }
+}
+
 // The token's int8 activations, decoded again and rounded to bfloat16.
-TARGET void decode_activations(const Inputs& in, int64_t token, int64_t columns, uint16_t* out) {
+TILES void decode_activations(const Inputs& in, int64_t token, int64_t columns, uint16_t* out) {
     int32_t* codes = scratch<int32_t>(3, in.group + 16);
     for (int64_t start = 0; start < columns; start += in.group) {
-        const int64_t count = start + in.group < columns ? in.group : columns - start;
-        const __m512 scale = _mm512_set1_ps(quantize_group(in, token * columns + start, count, codes));
+        const int64_t at = token * columns + start, count = start + in.group < columns ? in.group : columns - start;
+        if (in.activation == SYMMETRIC) {
+            decode_symmetric(in, at, count, out + start);
+            continue;
+        }
+        const __m512 scale = _mm512_set1_ps(quantize_group(in, at, count, codes));
         for (int64_t k = 0; k < count; k += 16)
             store_floats(out, start + k, FLOAT_BF16, first_lanes(count - k),
                          _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(codes + k)), scale));
     }
 }
 
-// Tokens `first` .. `first` + 15 of bfloat16 inputs as tiles [chunks] of 16 column pairs x 16 tokens.
-TARGET void pack_bfloats(const Matrix& w, const Inputs& in, int64_t first, uint8_t* out) {
+// Where inputs lie as tiles: [pieces of columns, tiles of tokens, chunks of a piece, IN], so that a piece of all tokens
+// is read from one end to the other.
+struct Packed {
+    uint8_t* data;
+    int64_t tokens, chunks, depth, parts;  // tiles of tokens, chunks of the columns and of a piece, IN
+
+    int64_t chunks_from(int64_t piece) const { return chunks - piece < depth ? chunks - piece : depth; }
+    uint8_t* at(int64_t token_tile, int64_t chunk) const {
+        const int64_t piece = chunk / depth * depth;
+        return data + (piece * tokens + token_tile * chunks_from(piece) + chunk - piece) * parts * TILE_BYTES;
+    }
+};
+
+// Tokens `first` .. `first` + 15 of bfloat16 inputs as tiles of 16 column pairs x 16 tokens.
+TILES void pack_bfloats(const Matrix& w, const Inputs& in, int64_t first, const Packed& packed) {
     const uint16_t* rows[TILE];
     uint16_t* decoded = in.activation == PLAIN ? nullptr : scratch<uint16_t>(4, TILE * w.columns);
     const int64_t count = in.count - first < TILE ? in.count - first : TILE;
@@ -65,18 +126,19 @@ TARGET void pack_bfloats(const Matrix& w, const Inputs& in, int64_t first, uint8
         decode_activations(in, first + i, w.columns, decoded + i * w.columns);
         rows[i] = decoded + i * w.columns;
     }
-    for (int64_t k = 0; k < w.columns; k += WIDTH, out += TILE_BYTES) {
+    for (int64_t k = 0; k < w.columns; k += WIDTH) {
         __m512i v[TILE];
         for (int64_t i = 0; i < TILE; ++i)
             v[i] = i < count ? load_bfloats(rows[i] + k, w.columns - k) : _mm512_setzero_si512();
         transpose(v);
+        uint8_t* out = packed.at(first / TILE, k / WIDTH);
         for (int64_t i = 0; i < TILE; ++i) _mm512_store_si512(out + 64 * i, v[i]);
     }
 }
 
-// The same of wider inputs, as tiles [chunks, IN]. `plain[token]` becomes whether the plain kernel should take a token.
+// The same of wider inputs, in IN parts. `plain[token]` becomes whether the plain kernel should take a token.
 template <int IN>
-TILES void pack_parts(const Matrix& w, const Inputs& in, int64_t first, uint8_t* out, uint8_t* plain) {
+TILES void pack_parts(const Matrix& w, const Inputs& in, int64_t first, const Packed& packed, uint8_t* plain) {
     const int64_t count = in.count - first < TILE ? in.count - first : TILE;
     __m512 largest[TILE] = {};
     for (int64_t k = 0; k < w.columns; k += WIDTH) {
@@ -88,6 +150,7 @@ TILES void pack_parts(const Matrix& w, const Inputs& in, int64_t first, uint8_t*
             if (high) x[i].high = load_floats(in.x, at + 16, in.type, high);
             largest[i] = _mm512_max_ps(largest[i], _mm512_max_ps(_mm512_abs_ps(x[i].low), _mm512_abs_ps(x[i].high)));
         }
+        uint8_t* out = packed.at(first / TILE, k / WIDTH);
         for (int part = 0; part < IN; ++part, out += TILE_BYTES) {
             __m512i v[TILE];
             for (int64_t i = 0; i < TILE; ++i) v[i] = x[i].take_part(part, IN);
@@ -101,49 +164,76 @@ TILES void pack_parts(const Matrix& w, const Inputs& in, int64_t first, uint8_t*
     }
 }
 
-// Four tiles of sums: two tiles of rows in W parts against two of tokens in IN parts, `chunks` deep. Meanwhile `lines`
-// cache lines a chunk are fetched from `next` on.
-template <int A, int B, int W, int IN>
-TILES inline void multiply(const uint8_t* a, int64_t a_step, const uint8_t* b, int64_t b_step, int64_t chunks,
-                           float* c, int64_t c_step, bool first, const uint8_t* next, int64_t lines) {
-    if (first) {
-        _tile_zero(0);
-        if (B > 1) _tile_zero(1);
-        if (A > 1) _tile_zero(2);
-        if (A > 1 && B > 1) _tile_zero(3);
-    } else {
-        _tile_loadd(0, c, 64);
-        if (B > 1) _tile_loadd(1, c + 256, 64);
-        if (A > 1) _tile_loadd(2, c + c_step, 64);
-        if (A > 1 && B > 1) _tile_loadd(3, c + c_step + 256, 64);
-    }
-    for (int64_t i = 0; i < chunks; ++i, b += IN * TILE_BYTES) {
-        for (int64_t line = 0; line < lines; ++line, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+// Up to four tiles of sums: one or two tiles of rows against one or two of tokens, over a piece's chunks. The tiles may
+// still hold the sums of the block before, which go to `before`. Meanwhile `lines` cache lines a chunk are fetched.
+struct Block {
+    const uint8_t *a, *b;
+    int64_t a_step, b_step, chunks;  // to the second tile of rows and of tokens; length
+    float *before, *sums;
+    int64_t sums_step;  // to the sums of the second tile of rows; those of the second tile of tokens lie behind the first's
+    bool first;         // the sums start here
+    const uint8_t* next;
+    int64_t lines;
+};
+
+// Tiles have no other names than literals. Sums pass while products of other tiles are under way.
+#define LLMQUANT_PASS(TILE_NAME, OFFSET)                                           \
+    do {                                                                           \
+        if (EXCHANGE && at.before) _tile_stored(TILE_NAME, at.before + (OFFSET), 64); \
+        if (EXCHANGE && at.first) _tile_zero(TILE_NAME);                           \
+        if (EXCHANGE && !at.first) _tile_loadd(TILE_NAME, at.sums + (OFFSET), 64); \
+    } while (false)
+
+// One chunk: rows in W parts, tokens in IN. EXCHANGE: before the first product with a tile of sums it changes hands.
+template <bool EXCHANGE, int A, int B, int W, int IN>
+__attribute__((always_inline)) TILES inline void multiply_chunk(const Block& at, const uint8_t* a, const uint8_t* b) {
 #pragma GCC unroll 3
-        for (int p = 0; p < W; ++p, a += TILE_BYTES) {
-            _tile_loadd(4, a, 64);
-            if (A > 1) _tile_loadd(5, a + a_step, 64);
+    for (int p = 0; p < W; ++p, a += TILE_BYTES) {
+        _tile_loadd(4, a, 64);
 #pragma GCC unroll 3
-            for (int q = 0; q < IN - p; ++q) {
-                _tile_loadd(6, b + q * TILE_BYTES, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                if (B > 1) {
-                    _tile_loadd(7, b + b_step + q * TILE_BYTES, 64);
-                    _tile_dpbf16ps(1, 4, 7);
-                }
-                if (A > 1) _tile_dpbf16ps(2, 5, 6);
-                if (A > 1 && B > 1) _tile_dpbf16ps(3, 5, 7);
+        for (int q = 0; q < IN - p; ++q) {
+            const bool exchange = EXCHANGE && p == 0 && q == 0;
+            _tile_loadd(6, b + q * TILE_BYTES, 64);
+            if (exchange) LLMQUANT_PASS(0, 0);
+            _tile_dpbf16ps(0, 4, 6);
+            if (A > 1) {
+                if (q == 0) _tile_loadd(5, a + at.a_step, 64);
+                if (exchange) LLMQUANT_PASS(2, at.sums_step);
+                _tile_dpbf16ps(2, 5, 6);
+            }
+            if (B > 1) {
+                _tile_loadd(7, b + at.b_step + q * TILE_BYTES, 64);
+                if (exchange) LLMQUANT_PASS(1, 256);
+                _tile_dpbf16ps(1, 4, 7);
+            }
+            if (A > 1 && B > 1) {
+                if (exchange) LLMQUANT_PASS(3, at.sums_step + 256);
+                _tile_dpbf16ps(3, 5, 7);
             }
         }
     }
-    _tile_stored(0, c, 64);
-    if (B > 1) _tile_stored(1, c + 256, 64);
-    if (A > 1) _tile_stored(2, c + c_step, 64);
-    if (A > 1 && B > 1) _tile_stored(3, c + c_step + 256, 64);
+}
+#undef LLMQUANT_PASS
+
+template <int A, int B, int W, int IN>
+TILES void multiply(const Block& at) {
+    const uint8_t *a = at.a, *b = at.b, *next = at.next;
+    multiply_chunk<true, A, B, W, IN>(at, a, b);
+    for (int64_t i = 1; i < at.chunks; ++i) {
+        for (int64_t line = 0; line < at.lines; ++line, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+        multiply_chunk<false, A, B, W, IN>(at, a += W * TILE_BYTES, b += IN * TILE_BYTES);
+    }
 }
 
-using Multiply = void (*)(const uint8_t*, int64_t, const uint8_t*, int64_t, int64_t, float*, int64_t, bool,
-                          const uint8_t*, int64_t);
+// The sums that the tiles hold, [2 or 1 tiles of rows, 2 or 1 of tokens].
+TILES void store_sums(float* sums, int64_t step, bool tall, bool wide) {
+    _tile_stored(0, sums, 64);
+    if (wide) _tile_stored(1, sums + 256, 64);
+    if (tall) _tile_stored(2, sums + step, 64);
+    if (tall && wide) _tile_stored(3, sums + step + 256, 64);
+}
+
+using Multiply = void (*)(const Block&);
 
 // For a pair of row tiles or one, and of token tiles or one: [row tiles - 1][token tiles - 1].
 struct Multiplies {
@@ -202,55 +292,68 @@ TILES void store_tiles(const Panel& panel, const Inputs& in, const float* sums, 
     for (; bad; bad &= bad - 1) __atomic_store_n(plain + token + __builtin_ctz(bad), 1, __ATOMIC_RELAXED);
 }
 
+// All tokens against a piece of a panel, which lies as tiles of W parts, `a_bytes` from one tile of rows to the next. Adds
+// to sums [tiles, tokens, 16 x 16].
+TILES void multiply_piece(const Packed& packed, int64_t chunk, const uint8_t* decoded, int64_t a_bytes, int64_t tiles,
+                          int weight_parts, float* sums) {
+    const Multiplies multiplies = choose_multiplies(weight_parts, static_cast<int>(packed.parts));
+    const int64_t chunks = packed.chunks_from(chunk), tokens = packed.tokens, pairs = (tiles + 1) / 2;
+    const int64_t b_bytes = chunks * packed.parts * TILE_BYTES;
+    // The next two tiles of tokens come from afar: each pair of row tiles fetches its share of them.
+    const int64_t lines = (2 * TILE * packed.parts + pairs - 1) / pairs;
+    float* held = nullptr;  // sums that are still in tiles
+    bool tall = false, wide = false;
+    for (int64_t t = 0; t < tokens; t += 2) {
+        const uint8_t* b = packed.at(t, chunk);
+        for (int64_t r = 0; r < tiles; r += 2) {
+            const bool tall_before = tall, wide_before = wide;
+            tall = r + 1 < tiles, wide = t + 1 < tokens;
+            if (held && (tall != tall_before || wide != wide_before)) {
+                store_sums(held, tokens * 256, tall_before, wide_before);
+                held = nullptr;
+            }
+            float* c = sums + (r * tokens + t) * 256;
+            multiplies.of[tall][wide]({decoded + r * a_bytes, b, a_bytes, b_bytes, chunks, held, c, tokens * 256, chunk == 0,
+                                       b + 2 * b_bytes + r / 2 * lines * chunks * 64, lines});
+            held = c;
+        }
+    }
+    store_sums(held, tokens * 256, tall, wide);
+}
+
 TILES void tile_linear(const Matrix& w, const Inputs& in) {
     const int IN = input_parts(in);
     const int64_t threads = omp_get_max_threads();
     const int64_t chunks = (w.columns + WIDTH - 1) / WIDTH, tokens = (in.count + TILE - 1) / TILE;
     const int64_t share = (w.rows + threads - 1) / threads, panels = (share + PANEL - 1) / PANEL;  // a thread
     const int64_t panel = (share + 2 * TILE * panels - 1) / (2 * TILE * panels) * (2 * TILE);
-    // Pieces of about `wanted` columns, all of one length but the last.
-    const int64_t wanted = IN == 1 ? DEPTH : DEPTH_OF_PARTS, whole = (w.columns + wanted / 2) / wanted;
-    const int64_t pieces = whole > 1 ? whole : 1;
-    const int64_t depth = (w.columns + CHUNK * pieces - 1) / (CHUNK * pieces) * CHUNK;
-    const int64_t token_bytes = chunks * IN * TILE_BYTES;  // of a tile of tokens
-    uint8_t* packed = scratch<uint8_t>(0, tokens * token_bytes);
+    // Pieces of about LENGTH chunks, all of one length but the last, and an even one, as codes are cut 64 at a time.
+    const int64_t about = LENGTH[IN > 1], pieces = chunks > about ? (chunks + about / 2) / about : 1;
+    const int64_t length = (chunks + 2 * pieces - 1) / (2 * pieces) * 2, depth = length * WIDTH * (IN > 1 ? 1 : DEPTH);
+    const Packed packed = {scratch<uint8_t>(0, tokens * chunks * IN * TILE_BYTES), tokens, chunks, length, IN};
     uint8_t* plain = scratch<uint8_t>(6, tokens * TILE);  // tokens that are left to the plain kernel
     static const TileConfig config;
 #pragma omp parallel num_threads(threads)
     {
         const Panel weights(w, IN);
-        const Multiplies multiplies = choose_multiplies(weights.parts, IN);
         uint8_t* decoded = scratch<uint8_t>(1, panel * depth * 2 * weights.parts);
         float* sums = scratch<float>(2, panel * tokens * TILE);
         _tile_loadconfig(&config);
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; ++t) {
-            uint8_t* to = packed + t * token_bytes;
-            IN == 1   ? pack_bfloats(w, in, t * TILE, to)
-            : IN == 2 ? pack_parts<2>(w, in, t * TILE, to, plain)
-                      : pack_parts<3>(w, in, t * TILE, to, plain);
-        }
+        for (int64_t t = 0; t < tokens; ++t)
+            IN == 1   ? pack_bfloats(w, in, t * TILE, packed)
+            : IN == 2 ? pack_parts<2>(w, in, t * TILE, packed, plain)
+                      : pack_parts<3>(w, in, t * TILE, packed, plain);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < w.rows; row += panel) {
             const int64_t last = row + panel < w.rows ? row + panel : w.rows, tiles = (last - row + TILE - 1) / TILE;
             for (int64_t k = 0; k < w.columns; k += depth) {
-                const int64_t stop = k + depth < w.columns ? k + depth : w.columns, deep = (stop - k + WIDTH - 1) / WIDTH;
-                const int64_t a_bytes = deep * weights.parts * TILE_BYTES, b_bytes = deep * IN * TILE_BYTES;
+                const int64_t stop = k + depth < w.columns ? k + depth : w.columns;
+                const int64_t first = k / WIDTH, end = (stop + WIDTH - 1) / WIDTH, chunk_bytes = weights.parts * TILE_BYTES;
                 weights.decode(row, last, k, stop, decoded);
-                for (int64_t t = 0; t < tokens; t += 2) {
-                    const uint8_t* b = packed + t * token_bytes + k / WIDTH * IN * TILE_BYTES;
-                    // The next two tiles of tokens come from afar: each pair of row tiles fetches its share of them.
-                    const int64_t pairs = (tiles + 1) / 2, lines = (2 * TILE * IN + pairs - 1) / pairs;
-                    for (int64_t r = 0; r < tiles; r += 2) {
-                        const uint8_t* a = decoded + r * a_bytes;
-                        float* c = sums + (r * tokens + t) * 256;
-                        const int64_t share = r / 2 * lines * deep * 64;
-                        const uint8_t* next =
-                            b + share + (share < b_bytes ? 2 * token_bytes : 3 * token_bytes - b_bytes);
-                        const Multiply run = multiplies.of[r + 1 < tiles][t + 1 < tokens];
-                        run(a, a_bytes, b, token_bytes, deep, c, tokens * 256, k == 0, next, lines);
-                    }
-                }
+                for (int64_t chunk = first; chunk < end; chunk += length)
+                    multiply_piece(packed, chunk, decoded + (chunk - first) * chunk_bytes, (end - first) * chunk_bytes,
+                                   tiles, weights.parts, sums);
             }
             for (int64_t t = 0; t < tokens; ++t)
                 for (int64_t r = 0; r < tiles; r += 2)
