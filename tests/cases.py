@@ -78,7 +78,13 @@ ONE_PER_FORMAT = [
 """Every format once, in its most demanding way."""
 
 
-STATIC = [Case(scheme) for scheme in ("s8-asym-int4-g32-asym", "s8-int3-g32", "sf8-float8", "s8-nf4-g32", "sf8-float8-2x4")]
+STATIC = [
+    Case("s8-asym-int4-g32-asym"),
+    Case("s8-int3-g32"),
+    Case("sf8-float8"),
+    Case("s8-nf4-g32"),
+    Case("sf8-float8-2x4"),
+]
 """Weights that bring along the scales of their inputs."""
 
 

@@ -73,6 +73,11 @@ PRODUCTS: dict[str, Product] = {
 """By format."""
 
 
+def missing(capability: tuple[int, int] = (8, 0)) -> str | None:
+    """Why no product that needs a card of such a capability can run in this process, or None."""
+    return "its products are CUDA's" if torch.version.hip else missing_card(capability)
+
+
 def refusal(format_name: str, block: tuple[int, int], columns: int, device: str) -> str | None:
     """Why none of aten's products takes such a weight here, or None."""
     if device != "cuda":
@@ -80,9 +85,7 @@ def refusal(format_name: str, block: tuple[int, int], columns: int, device: str)
     product = PRODUCTS.get(format_name)
     if product is None:
         return f"aten has no product for {format_name}"
-    if torch.version.hip:
-        return "its products are CUDA's"
-    return missing_card(product.capability) or product.misfit(block, columns)
+    return missing(product.capability) or product.misfit(block, columns)
 
 
 def merit(format_name: str) -> str:

@@ -178,6 +178,8 @@ def test_info_is_json_too() -> None:
     found = json.loads(out)
     assert status == 0 and found["version"]["llmquant"] == llmquant.__version__
     assert found["version"]["torch"] == torch.__version__
+    assert {"native library", "portable", "aten (CUDA)", "triton (CUDA)"} <= set(found["kernels"])
+    assert torch.cuda.is_available() or found["kernels"]["aten (CUDA)"] == "there is no CUDA device"
 
 
 @pytest.mark.parametrize(
