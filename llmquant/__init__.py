@@ -19,8 +19,12 @@ from llmquant.integrations import hook as _hook
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from llmquant.calibrate.collect import Calibration as Calibration
+    from llmquant.calibrate.collect import collect_stats as collect_stats
+    from llmquant.calibrate.data import calibration_windows as calibration_windows
     from llmquant.checkpoint.save import save as save
     from llmquant.config.base import DynamicActivationConfig as DynamicActivationConfig
+    from llmquant.config.base import StaticActivationConfig as StaticActivationConfig
     from llmquant.config.base import WeightOnlyConfig as WeightOnlyConfig
     from llmquant.config.fqn import FqnToConfig as FqnToConfig
     from llmquant.config.named import (
@@ -30,11 +34,15 @@ if TYPE_CHECKING:
         Float8DynamicActivationFloat8WeightConfig as Float8DynamicActivationFloat8WeightConfig,
     )
     from llmquant.config.named import Float8DynamicActivationInt4WeightConfig as Float8DynamicActivationInt4WeightConfig
+    from llmquant.config.named import (
+        Float8StaticActivationFloat8WeightConfig as Float8StaticActivationFloat8WeightConfig,
+    )
     from llmquant.config.named import Float8WeightOnlyConfig as Float8WeightOnlyConfig
     from llmquant.config.named import Int4WeightOnlyConfig as Int4WeightOnlyConfig
     from llmquant.config.named import Int8DynamicActivationInt4WeightConfig as Int8DynamicActivationInt4WeightConfig
     from llmquant.config.named import Int8DynamicActivationInt8WeightConfig as Int8DynamicActivationInt8WeightConfig
     from llmquant.config.named import Int8DynamicActivationIntxWeightConfig as Int8DynamicActivationIntxWeightConfig
+    from llmquant.config.named import Int8StaticActivationInt8WeightConfig as Int8StaticActivationInt8WeightConfig
     from llmquant.config.named import Int8WeightOnlyConfig as Int8WeightOnlyConfig
     from llmquant.config.named import IntxWeightOnlyConfig as IntxWeightOnlyConfig
     from llmquant.config.named import MXDynamicActivationMXWeightConfig as MXDynamicActivationMXWeightConfig
@@ -61,24 +69,29 @@ if TYPE_CHECKING:
     from llmquant.primitives.granularity import PerToken as PerToken
     from llmquant.primitives.granularity import PerTokenGroup as PerTokenGroup
     from llmquant.primitives.metrics import compute_error as compute_error
+    from llmquant.primitives.stats import InputStats as InputStats
     from llmquant.quantize import QuantizationReport as QuantizationReport
     from llmquant.quantize import quantize_ as quantize_
     from llmquant.quantize import quantize_weight as quantize_weight
     from llmquant.tensor import QuantizedTensor as QuantizedTensor
 
 _PUBLIC = {
+    "llmquant.calibrate.collect": ["Calibration", "collect_stats"],
+    "llmquant.calibrate.data": ["calibration_windows"],
     "llmquant.checkpoint.save": ["save"],
-    "llmquant.config.base": ["DynamicActivationConfig", "WeightOnlyConfig"],
+    "llmquant.config.base": ["DynamicActivationConfig", "StaticActivationConfig", "WeightOnlyConfig"],
     "llmquant.config.fqn": ["FqnToConfig"],
     "llmquant.config.named": [
         "Float8DynamicActivationFloat8SemiSparseWeightConfig",
         "Float8DynamicActivationFloat8WeightConfig",
         "Float8DynamicActivationInt4WeightConfig",
+        "Float8StaticActivationFloat8WeightConfig",
         "Float8WeightOnlyConfig",
         "Int4WeightOnlyConfig",
         "Int8DynamicActivationInt4WeightConfig",
         "Int8DynamicActivationInt8WeightConfig",
         "Int8DynamicActivationIntxWeightConfig",
+        "Int8StaticActivationInt8WeightConfig",
         "Int8WeightOnlyConfig",
         "IntxWeightOnlyConfig",
         "MXDynamicActivationMXWeightConfig",
@@ -103,6 +116,7 @@ _PUBLIC = {
         "PerTokenGroup",
     ],
     "llmquant.primitives.metrics": ["compute_error"],
+    "llmquant.primitives.stats": ["InputStats"],
     "llmquant.quantize": ["QuantizationReport", "quantize_", "quantize_weight"],
     "llmquant.tensor": ["QuantizedTensor"],
 }

@@ -54,6 +54,10 @@ class BadWeightError(LlmQuantError):
     """A weight whose values cannot be quantized: NaN, infinite, empty, or out of the scale's range."""
 
 
+class CalibrationError(LlmQuantError):
+    """A weight that needs a calibration run and got none, or one that the run cannot say enough about."""
+
+
 class CheckpointError(LlmQuantError):
     """A checkpoint that is incomplete, truncated, mixed from two saves, or of an unknown version."""
 

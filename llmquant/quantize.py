@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from llmquant.algorithms import ALGORITHMS
 from llmquant.config.base import QuantConfig
-from llmquant.config.candidates import Candidate, Inventory, find_candidates
+from llmquant.config.candidates import Candidate, Inventory, Role, find_candidates
 from llmquant.config.fqn import FqnToConfig, Resolution, resolve
 from llmquant.config.recipe import to_config
-from llmquant.errors import AlreadyQuantizedError, BadWeightError, NothingToQuantizeError
+from llmquant.errors import AlreadyQuantizedError, BadWeightError, CalibrationError, NothingToQuantizeError
 from llmquant.packing.bits import pack
 from llmquant.primitives.blockfloat import reach, tensor_scale
 from llmquant.primitives.blocks import block_counts, to_blocks
+from llmquant.primitives.dynamic import Activation, static_scale
 from llmquant.primitives.spec import QParams, QuantSpec, storage_dtype
+from llmquant.primitives.stats import InputStats
 from llmquant.tensor import Meta, QuantizedTensor, tensor_class
 
 Progress = Callable[[int, int, str], None]
@@ -32,33 +34,36 @@ _BYTES_AN_ELEMENT = 64
 
 
 def quantize_weight(
-    weight: Tensor, config: QuantConfig, stats: Tensor | None = None, *, transposed: bool = False
+    weight: Tensor, config: QuantConfig, stats: InputStats | None = None, *, transposed: bool = False
 ) -> QuantizedTensor:
     """A plain weight as a quantized tensor of the same shape and dtype.
 
     Args:
         weight: [out, in], or [experts, out, in]; with `transposed`, the last two the other way round.
         config: what to do.
-        stats: [in] float32, the mean square of the input that each column meets; None without calibration.
+        stats: what a calibration run saw of its inputs; a static activation needs their range.
         transposed: whether the weight stands as [..., in, out]. Scales follow the logical [out, in] matrix.
 
     Raises:
-        BadWeightError: for a weight that cannot be quantized (see `check_weight`).
+        BadWeightError: for a weight that cannot be quantized (see `check_weight`), and for stats of another width.
+        CalibrationError: for a static activation without the range of its inputs.
     """
     check_weight(weight, config)
     logical = weight.detach().mT if transposed else weight.detach()
     rows, columns = logical.shape[-2:]
-    if stats is not None and stats.shape != (columns,):
-        raise BadWeightError(f"stats of shape {tuple(stats.shape)} do not fit {columns} input columns")
+    importance = None if stats is None else stats.mean_square
+    if importance is not None and importance.shape != (columns,):
+        raise BadWeightError(f"stats of shape {tuple(importance.shape)} do not fit {columns} input columns")
     spec = config.spec(rows, columns)
     tensors = _allocate(logical, spec)
+    fixed = _static_tensors(config.activation, stats, logical)
     algorithm = ALGORITHMS[config.algorithm or "rtn"]
     matrices = logical.unsqueeze(0) if logical.dim() == 2 else logical
     for index, matrix in enumerate(matrices):
         into = tensors if logical.dim() == 2 else {name: t[index] for name, t in tensors.items()}
-        _quantize_matrix(matrix, algorithm, spec, stats, into)
+        _quantize_matrix(matrix, algorithm, spec, importance, into)
     meta = Meta(spec.format.name, spec.block, columns, transposed, config.activation)
-    return tensor_class(spec.format)(tensors, meta, weight.dtype)
+    return tensor_class(spec.format)(tensors | fixed, meta, weight.dtype)
 
 
 def check_weight(weight: Tensor, config: QuantConfig, fqn: str | None = None) -> None:
@@ -145,6 +150,23 @@ class Plan(NamedTuple):
         found = self.resolution.chosen
         return [(c, found[c.name]) for c in self.inventory.candidates if c.name in found]  # type: ignore[misc]
 
+    @property
+    def calibrated(self) -> list[Candidate]:
+        """The weights whose inputs get a scale from a calibration run.
+
+        Raises:
+            CalibrationError: for an embedding, which has no inputs.
+        """
+        found = [c for c, config in self.chosen if config.activation is not None and config.activation.static]
+        for candidate in found:
+            if all(role is Role.embedding for role in candidate.roles):
+                raise CalibrationError(
+                    "an embedding meets no activations that could have a static scale",
+                    where=candidate.name,
+                    hint="give it the scheme of the weight alone, for instance int8",
+                )
+        return found
+
     def skipped(self, model: nn.Module) -> dict[str, str]:
         """FQN -> reason of every weight of two or more dimensions that stays as it is."""
         wide = {name for name, p in model.named_parameters(remove_duplicate=False) if p.dim() >= 2}
@@ -176,12 +198,26 @@ def make_plan(model: nn.Module, config: FqnToConfig, filter_fn: Callable[[nn.Mod
     return Plan(inventory, resolution)
 
 
+def check_stats(plan: Plan, stats: Mapping[str, InputStats] | None) -> None:
+    """Raises `CalibrationError` where a static activation lacks the range of its inputs."""
+    stats = stats or {}
+    lacking = [c.name for c in plan.calibrated if c.name not in stats or stats[c.name].low is None]
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise CalibrationError(
+            "static activations need a calibration run",
+            where=", ".join(lacking[:3]) + more,
+            hint="quantize_(model, config, stats=llmquant.collect_stats(model, config, data)), or `llmquant quantize "
+            "--calib builtin`",
+        )
+
+
 def quantize_(
     model: nn.Module,
     config: Any,
     *,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
-    stats: Mapping[str, Tensor] | None = None,
+    stats: Mapping[str, InputStats] | None = None,
     progress: Progress | None = None,
 ) -> QuantizationReport:
     """Quantizes the weights of a model in place.
@@ -190,18 +226,19 @@ def quantize_(
         model: any module with linear, Conv1D, embedding or expert weights.
         config: a config, an `FqnToConfig`, a scheme (`"int4-g64"`), or a recipe's name or path.
         filter_fn: called with (module, FQN of the module); weights of modules for which it is false stay as they are.
-        stats: FQN of a weight -> its `stats` (see `quantize_weight`).
+        stats: FQN of a weight -> what a calibration run saw of its inputs, as `collect_stats` gives it.
         progress: called before each weight.
 
     Returns:
         A report of every weight. All checks are made before the first weight changes.
 
     Raises:
-        ConfigError, NothingToQuantizeError, AlreadyQuantizedError, BadWeightError.
+        ConfigError, NothingToQuantizeError, AlreadyQuantizedError, BadWeightError, CalibrationError.
     """
     started = time.perf_counter()
     resolved = to_config(config)
     plan = make_plan(model, resolved, filter_fn)
+    check_stats(plan, stats)
     for candidate, chosen in plan.chosen:
         check_weight(model.get_parameter(candidate.name), chosen, candidate.name)
     report = QuantizationReport(
@@ -285,6 +322,32 @@ def _allocate(logical: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     if spec.asymmetric:
         tensors["zero_point"] = torch.empty(*experts, across, row_bytes(along), dtype=torch.uint8, device=device)
     return tensors
+
+
+def _static_tensors(activation: Activation | None, stats: InputStats | None, logical: Tensor) -> dict[str, Tensor]:
+    """The inner tensors of a static activation, one entry a matrix: [..., 1, 1]. Others have none."""
+    if activation is None or not activation.static:
+        return {}
+    if stats is None or stats.low is None or stats.high is None:
+        raise CalibrationError(
+            "a static activation needs the range of its inputs", hint="InputStats(low=..., high=...)"
+        )
+    leading = logical.shape[:-2]
+    if stats.low.shape != stats.high.shape or stats.low.shape not in (leading, ()):
+        shapes = f"{tuple(stats.low.shape)} and {tuple(stats.high.shape)}"
+        raise CalibrationError(f"ranges of shape {shapes} do not fit matrices {tuple(leading)}")
+    chosen = static_scale(stats.low.float(), stats.high.float(), activation)
+    if not (torch.isfinite(chosen.scale) & (chosen.scale > 0)).all():
+        raise CalibrationError(
+            "inputs that are all zero or not finite give no static scale",
+            hint="other texts to calibrate on, or a dynamic activation",
+        )
+    named = {"act_scale": chosen.scale, "act_zero_point": chosen.zero_point}
+    return {
+        name: t.to(logical.device)[..., None, None].expand(*leading, 1, 1).contiguous()
+        for name, t in named.items()
+        if t is not None
+    }
 
 
 def _quantize_matrix(

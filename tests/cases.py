@@ -17,6 +17,7 @@ from torch import Tensor
 from llmquant.config.base import WeightOnlyConfig
 from llmquant.config.schemes import parse_scheme
 from llmquant.formats import FORMATS, Format
+from llmquant.primitives.stats import InputStats
 from llmquant.quantize import quantize_weight
 from llmquant.tensor import QuantizedTensor
 
@@ -46,7 +47,7 @@ class Case:
         return self.scheme.endswith("-asym")
 
     def quantize(self, weight: Tensor, transposed: bool = False) -> QuantizedTensor:
-        return quantize_weight(weight, self.config, transposed=transposed)
+        return quantize_weight(weight, self.config, input_stats(weight), transposed=transposed)
 
     def __str__(self) -> str:
         return self.scheme
@@ -75,6 +76,22 @@ ONE_PER_FORMAT = [
     for row in FORMATS.values()
 ]
 """Every format once, in its most demanding way."""
+
+
+STATIC = [
+    Case("s8-asym-int4-g32-asym"),
+    Case("s8-int3-g32"),
+    Case("sf8-float8"),
+    Case("s8-nf4-g32"),
+    Case("sf8-float8-2x4"),
+]
+"""Weights that bring along the scales of their inputs."""
+
+
+def input_stats(weight: Tensor) -> InputStats:
+    """Some range of inputs for each matrix of a weight, another for another weight."""
+    largest = weight.float().abs().flatten(-2).amax(-1) * 50
+    return InputStats(low=-largest, high=largest * 1.5)
 
 
 def make_weight(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

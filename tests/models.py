@@ -217,6 +217,20 @@ def _with_images(config: Any) -> dict[str, Tensor]:
     }
 
 
+def needs_calibration(config: Any) -> bool:
+    """Whether a config has static activations."""
+    found = [getattr(value, "activation", None) for _, value in to_config(config).items()]
+    return any(activation is not None and activation.static for activation in found)
+
+
+def quantize(model: Any, config: Any) -> Any:
+    """`quantize_`, after a calibration run on `inputs` where the config needs one."""
+    from llmquant import collect_stats, quantize_
+
+    stats = collect_stats(model, config, [inputs(model)]) if needs_calibration(config) else None
+    return quantize_(model, config, stats=stats)
+
+
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
     """What the model says to it."""

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-KINDS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1"}
+KINDS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1", "I8": "i1"}
+SUFFIXES = ("", "_scale", "_tensor_scale", "_row_scale", "_zero_point", "_act_scale", "_act_zero_point")
 FLOATS = {"float8": (4, 3), "float8-e5m2": (5, 2), "mxfp4": (2, 1), "mxfp6-e2m3": (2, 3), "mxfp6-e3m2": (3, 2)}
 FLOATS |= {"mxfp8": (4, 3), "mxfp8-e5m2": (5, 2), "nvfp4": (2, 1), "float8-2x4": (4, 3)}  # exponent and mantissa bits
 NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334]
@@ -70,6 +71,6 @@ def read(folder: Path) -> dict[str, np.ndarray]:
                 kind, (first, last) = about["dtype"], about["data_offsets"]
                 array = np.frombuffer(data[start + first : start + last], KINDS[kind]).reshape(about["shape"])
                 tensors[key] = (array.astype("<u4") << 16).view("<f4") if kind == "BF16" else array
-    taken = {fqn + end for fqn in entries for end in ("", "_scale", "_tensor_scale", "_row_scale", "_zero_point")}
+    taken = {f"{fqn}{suffix}" for fqn in entries for suffix in SUFFIXES}
     plain = {key: array.astype(np.float32) for key, array in tensors.items() if key not in taken}
     return plain | {fqn: read_weight(fqn, entry, tensors) for fqn, entry in entries.items()}

@@ -20,6 +20,7 @@ from llmquant.config.schemes import parse_scheme
 from llmquant.errors import AlreadyQuantizedError, BadWeightError, NothingToQuantizeError
 from llmquant.primitives.granularity import MappingType, PerGroup, PerTensor
 from llmquant.primitives.metrics import compute_error
+from llmquant.primitives.stats import InputStats
 from llmquant.quantize import QuantizationReport, check_weight, quantize_, quantize_weight
 from llmquant.tensor import QuantizedTensor
 
@@ -99,14 +100,14 @@ def test_quantizing_what_was_quantized_loses_little_more(case: Case) -> None:
 def test_statistics_serve_the_columns_they_name(case: Case) -> None:
     plain = make_weight((64, 64), seed=3)
     stats = torch.where(torch.arange(64) % 8 == 0, 1e4, 1.0)
-    without, found = case.quantize(plain), quantize_weight(plain, case.config, stats)
+    without, found = case.quantize(plain), quantize_weight(plain, case.config, InputStats(stats))
 
     def error(weight: QuantizedTensor) -> float:
         return float(((weight.dequantize() - plain).square() * stats).sum())
 
     # Of the three powers of two that are tried, statistics often pick the same.
     assert error(found) < error(without) or (case.format.scale_rules and error(found) == error(without))
-    flat = quantize_weight(plain, case.config, torch.ones(64))
+    flat = quantize_weight(plain, case.config, InputStats(torch.ones(64)))
     assert float(compute_error(plain, flat.dequantize())) == pytest.approx(
         float(compute_error(plain, without.dequantize())), abs=0.5
     )
@@ -314,7 +315,7 @@ def test_the_report_survives_json() -> None:
 def test_each_weight_is_what_quantize_weight_makes_of_it() -> None:
     model = Toy()
     plain = copy.deepcopy(model)
-    stats = {"up.weight": torch.rand(64)}
+    stats = {"up.weight": InputStats(torch.rand(64))}
     quantize_(model, EVERYTHING, stats=stats)
     for name in LINEARS:
         expected = quantize_weight(plain.get_parameter(name), parse_scheme("int4-g32"), stats.get(name))

@@ -85,13 +85,18 @@ class Inspection:
         }
 
 
-def inspect_checkpoint(model: str | Path) -> Inspection:
+def inspect_checkpoint(model: str | Path, device: str | None = None) -> Inspection:
     """Reads and verifies a folder, quantized by llmquant or plain.
+
+    Args:
+        model: local folder or hub id.
+        device: the kind of device whose kernels are named, `cpu` or `cuda`; None is `cuda` where there is one.
 
     Raises:
         ModelNotFoundError, CheckpointError.
     """
     folder = locate(model)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     manifest = read_config(folder).get("quantization_config") or {}
     files = weight_files(folder)
     if any(path.suffix != ".safetensors" for path in files):
@@ -103,15 +108,15 @@ def inspect_checkpoint(model: str | Path) -> Inspection:
     tensors = {key: found for path in files for key, found in read_header(path).tensors.items()}
     entries = manifest.get("weights", {})
     taken = {key for fqn, described in entries.items() for key in expected(fqn, described)}
-    rows = [_quantized(fqn, described) for fqn, described in entries.items()]
+    rows = [_quantized(fqn, described, device) for fqn, described in entries.items()]
     rows += [_plain(key, *found) for key, found in tensors.items() if key not in taken]
     return Inspection(str(folder), manifest.get("config", []), tuple(rows), manifest.get("save_id"))
 
 
-def _quantized(fqn: str, described: Mapping[str, Any]) -> Row:
+def _quantized(fqn: str, described: Mapping[str, Any], device: str) -> Row:
     size = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in expected(fqn, described).values())
     block = tuple(described["block"])
-    kernel, reason = registry.choose(described["format"], block, logical_shape(described)[-1], "cpu")
+    kernel, reason = registry.choose(described["format"], block, logical_shape(described)[-1], device)
     scale = described["scale_dtype"] + ("+zero" if described["asymmetric"] else "")
     activation = described_activation(described)
     prefix = activation.scheme if activation else ""

@@ -67,7 +67,7 @@ def expected(fqn: str, described: Mapping[str, Any]) -> dict[str, tuple[torch.dt
         if scale_dtype not in (fmt.scale_dtypes or (scale_dtype,)):
             raise ValueError(f"{fmt.name} has no scales of {scale_dtype}")
         stored = storage_dtype(scale_dtype)
-        described_activation(described)
+        activation = described_activation(described)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(
             f"cannot read what the manifest says of a weight: {getattr(error, 'what', repr(error))}",
@@ -84,6 +84,10 @@ def expected(fqn: str, described: Mapping[str, Any]) -> dict[str, tuple[torch.dt
         found[component_key(fqn, "row_scale")] = (torch.float32, (*experts, across, 1))
     if asymmetric:
         found[component_key(fqn, "zero_point")] = (torch.uint8, (*experts, across, fmt.row_bytes(along)))
+    if activation is not None and activation.static:
+        found[component_key(fqn, "act_scale")] = (torch.float32, (*experts, 1, 1))
+        if activation.asymmetric:
+            found[component_key(fqn, "act_zero_point")] = (torch.int8, (*experts, 1, 1))
     return found
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from llmquant.config import recipe
 from llmquant.config.base import QuantConfig
 from llmquant.config.candidates import Candidate
 from llmquant.errors import BadWeightError, CheckpointError
+from llmquant.primitives.stats import InputStats
 from llmquant.quantize import (
     Plan,
     Progress,
     QuantizationReport,
+    check_stats,
     make_plan,
     quantize_weight,
     report_weight,
@@ -39,6 +41,7 @@ def quantize_checkpoint(
     output: str | Path,
     config: Any,
     *,
+    stats: Mapping[str, InputStats] | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -50,6 +53,8 @@ def quantize_checkpoint(
         model: local folder or hub id of a plain checkpoint.
         output: the folder to make.
         config: what `quantize_` takes.
+        stats: FQN of a weight -> what a calibration run saw of its inputs, as `collect_stats` gives it; static
+            activations need them.
         dtype: of what stays in float, and of the model when it is loaded; None keeps the checkpoint's.
         overwrite: whether an existing output folder is replaced.
         max_shard_bytes: largest shard; about that much is held in memory.
@@ -57,19 +62,20 @@ def quantize_checkpoint(
 
     Raises:
         ModelNotFoundError, AlreadyQuantizedError, NothingToQuantizeError, ConfigError, BadWeightError,
-        CheckpointError, NoSpaceError, OutputExistsError.
+        CalibrationError, CheckpointError, NoSpaceError, OutputExistsError.
     """
     started = time.perf_counter()
     resolved, target = recipe.to_config(config), Path(output)
     check_target(target, overwrite)
     source = open_source(model, dtype)
     plan = make_plan(source.skeleton, resolved)
+    check_stats(plan, stats)
     manifest = new_manifest(recipe.to_pairs(resolved), _entries(plan))
     check_space(target, _output_bytes(source, manifest["weights"]))
     report = QuantizationReport(skipped=plan.skipped(source.skeleton), warnings=plan.resolution.warnings)
     with new_folder(target, overwrite) as draft:
         writer = ShardWriter(draft, shard_metadata(manifest), max_shard_bytes)
-        for tensors in _converted(source, plan, report, progress):
+        for tensors in _converted(source, plan, stats or {}, report, progress):
             writer.add(tensors)
         writer.close()
         _write_rest(source, manifest, draft)
@@ -101,7 +107,11 @@ def _output_bytes(source: Source, entries: dict[str, Any]) -> int:
 
 
 def _converted(
-    source: Source, plan: Plan, report: QuantizationReport, progress: Progress | None
+    source: Source,
+    plan: Plan,
+    stats: Mapping[str, InputStats],
+    report: QuantizationReport,
+    progress: Progress | None,
 ) -> Iterator[dict[str, Tensor]]:
     """The plain tensors of each weight of the result."""
     chosen = {c.name: (c, config) for c, config in plan.chosen}
@@ -121,19 +131,23 @@ def _converted(
         if first in canonical.values():
             written[first] = _fingerprint(value)
         report.bytes_before += value.nbytes
-        yield _one(first, value, chosen.get(first), report)
+        yield _one(first, value, chosen.get(first), stats.get(first), report)
     if progress:
         progress(total, total, "")
 
 
 def _one(
-    fqn: str, value: Tensor, found: tuple[Candidate, QuantConfig] | None, report: QuantizationReport
+    fqn: str,
+    value: Tensor,
+    found: tuple[Candidate, QuantConfig] | None,
+    stats: InputStats | None,
+    report: QuantizationReport,
 ) -> dict[str, Tensor]:
     if found is None:
         return {fqn: value}
     candidate, config = found
     try:
-        quantized = quantize_weight(value.reshape(candidate.shape), config, transposed=candidate.transposed)
+        quantized = quantize_weight(value.reshape(candidate.shape), config, stats, transposed=candidate.transposed)
     except BadWeightError as error:
         raise BadWeightError(error.what, where=fqn, hint=error.hint) from error
     report.quantized[fqn] = report_weight(candidate.fqns, quantized, config, value.nbytes)

@@ -181,13 +181,17 @@ def _parse(scheme: str) -> Any:
 
 
 def _quantized(scheme: str, config: Any, plain: torch.Tensor, backend: str | None) -> Contestant:
-    """The weight under a scheme. Plain rounding is enough: how codes were chosen does not change the time."""
+    """The weight under a scheme. Plain rounding is enough: how codes were chosen does not change the time, nor does
+    the range of inputs."""
+    import torch
     import torch.nn.functional as F
 
     from llmquant.measure.latency import Contestant
+    from llmquant.primitives.stats import InputStats
     from llmquant.quantize import quantize_weight
 
-    weight = quantize_weight(plain, config.with_algorithm("rtn"))
+    inputs = InputStats(low=torch.tensor(-4.0), high=torch.tensor(4.0))
+    weight = quantize_weight(plain, config.with_algorithm("rtn"), inputs)
     F.linear(plain[:1], weight)  # a forced backend refuses here
     return Contestant(scheme, weight, plain.dtype, backend or weight.kernel().kernel)
 

@@ -39,15 +39,18 @@ def info(
 def collect() -> dict[str, dict[str, Any]]:
     """Everything that `llmquant info` shows, as plain JSON."""
     from llmquant.formats import FORMATS
-    from llmquant.kernels import cpu
+    from llmquant.kernels import aten, cpu
+    from llmquant.kernels.triton import TRITON
     from llmquant.measure.record import machine, versions
 
+    missing_backends = {name: backend.missing for name, backend in cpu.BACKENDS.items()}
+    missing_backends |= {"aten (CUDA)": aten.missing(), "triton (CUDA)": TRITON.missing}
     return {
         "version": versions(),
         "machine": {**machine(), "features": ", ".join(_cpu_features()) or "none known"},
         "kernels": {
             "native library": cpu.missing() or "loaded",
-            **{name: backend.missing or "can run here" for name, backend in cpu.BACKENDS.items()},
+            **{name: missing or "can run here" for name, missing in missing_backends.items()},
             "formats": ", ".join(FORMATS),
         },
         "missing": {name: use for name, use in _EXTRAS.items() if importlib.util.find_spec(name) is None},

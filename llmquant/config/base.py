@@ -12,7 +12,7 @@ import torch
 
 from llmquant.errors import ConfigError
 from llmquant.formats import FORMATS, Format, get_format
-from llmquant.primitives.dynamic import DEFAULT_GROUP, Activation
+from llmquant.primitives.dynamic import ALL_TOKENS, DEFAULT_GROUP, Activation
 from llmquant.primitives.granularity import (
     Granularity,
     MappingType,
@@ -162,6 +162,25 @@ class DynamicActivationConfig(QuantConfig):
         super().__init__(format, granularity, mapping_type, scale_dtype, algorithm, activation, scale_rule)
 
 
+class StaticActivationConfig(QuantConfig):
+    """Quantizes a weight, and the input of each product with it by a scale from a calibration run.
+
+    For the arguments see `QuantConfig`; `quantize_` needs the `stats` of `collect_stats` for it.
+    """
+
+    def __init__(
+        self,
+        format: str,
+        granularity: Granularity | None = None,
+        mapping_type: MappingType = MappingType.SYMMETRIC,
+        scale_dtype: torch.dtype | None = None,
+        algorithm: str | None = None,
+        activation: Activation = Activation(ALL_TOKENS, static=True),  # noqa: B008  (frozen)
+        scale_rule: str | None = None,
+    ) -> None:
+        super().__init__(format, granularity, mapping_type, scale_dtype, algorithm, activation, scale_rule)
+
+
 def from_dict(values: Mapping[str, Any]) -> QuantConfig:
     """A mapping of config fields as a config; `group_size: n` is short for `granularity: group-n`.
 
@@ -192,9 +211,11 @@ def from_dict(values: Mapping[str, Any]) -> QuantConfig:
 
 
 def config_of(activation: Activation | None, **weight: Any) -> QuantConfig:
-    return (
-        WeightOnlyConfig(**weight) if activation is None else DynamicActivationConfig(**weight, activation=activation)
-    )
+    """The config whose class says what becomes of activations."""
+    if activation is None:
+        return WeightOnlyConfig(**weight)
+    kind = StaticActivationConfig if activation.static else DynamicActivationConfig
+    return kind(**weight, activation=activation)
 
 
 def unknown_key(key: str, known: list[str], where: str) -> ConfigError:

@@ -1,10 +1,10 @@
-"""Configs by the names the field knows: typed fronts of `WeightOnlyConfig` and `DynamicActivationConfig`."""
+"""Configs by the names the field knows: typed fronts of the config classes of `config.base`."""
 
 from __future__ import annotations
 
 import torch
 
-from llmquant.config.base import DynamicActivationConfig, WeightOnlyConfig
+from llmquant.config.base import DynamicActivationConfig, StaticActivationConfig, WeightOnlyConfig
 from llmquant.errors import ConfigError
 from llmquant.formats import FORMATS, get_format
 from llmquant.primitives.dynamic import DEFAULT_GROUP, FLOAT8, Activation
@@ -212,6 +212,43 @@ class Float8DynamicActivationInt4WeightConfig(DynamicActivationConfig):
     ) -> None:
         activation = Activation.of(act_granularity, dtype=FLOAT8)
         super().__init__("int4", PerGroup(group_size), mapping_type, scale_dtype, algorithm, activation)
+
+
+class Int8StaticActivationInt8WeightConfig(StaticActivationConfig):
+    """Activations and weights in eight bits: one scale for all inputs, from a calibration run, and a scale a row.
+
+    `granularity` is that of the weight, for instance `PerRow()` or `PerTensor()`; `act_granularity` can only be
+    `PerTensor()`.
+    """
+
+    def __init__(
+        self,
+        granularity: Granularity = PerAxis(0),  # noqa: B008  (frozen)
+        act_granularity: Granularity = PerTensor(),  # noqa: B008  (frozen)
+        act_mapping_type: MappingType = MappingType.SYMMETRIC,
+        mapping_type: MappingType = MappingType.SYMMETRIC,
+        scale_dtype: torch.dtype | None = None,
+        algorithm: str = "search",
+    ) -> None:
+        activation = Activation.of(act_granularity, act_mapping_type, static=True)
+        super().__init__("int8", granularity, mapping_type, scale_dtype, algorithm, activation)
+
+
+class Float8StaticActivationFloat8WeightConfig(StaticActivationConfig):
+    """Activations and weights as float8 numbers: one scale for all inputs, from a calibration run.
+
+    `granularity` is that of the weight, for instance `PerRow()` or `PerTensor()`; activations are
+    `torch.float8_e4m3fn`.
+    """
+
+    def __init__(
+        self,
+        granularity: Granularity = PerAxis(0),  # noqa: B008  (frozen)
+        weight_dtype: torch.dtype = torch.float8_e4m3fn,
+        scale_dtype: torch.dtype | None = None,
+    ) -> None:
+        name, activation = _format_of(weight_dtype, "scaled"), Activation.of(PerTensor(), dtype=FLOAT8, static=True)
+        super().__init__(name, granularity, scale_dtype=scale_dtype, activation=activation)
 
 
 class MXDynamicActivationMXWeightConfig(DynamicActivationConfig):

@@ -4,10 +4,12 @@ Grammar: `none | [<activation>-]<format>[-g<N>|-row|-tensor|-b<N>|-b<R>x<C>][-sy
 table (`int4`, `float8`, `float8-e5m2`, ...). What stands before it is said of activations, what follows of the weight.
 Without a suffix the format's default holds; `-b<N>` is short for blocks of N rows and N columns.
 
-An activation is `a8[-g<N>|-token][-sym|-asym]`, `f8[-g<N>|-token|-tensor]`, or block floats; without one, activations
-stay as they are. `a8` quantizes the input of a product to int8 codes, anew each time: symmetric in groups of 32 of a
-token unless it says otherwise (`a8-int4-g32`, `a8-token-asym-int8`). `f8` quantizes it to float8 (e4m3) numbers, with a
-scale a token unless it says otherwise (`f8-float8`, `f8-tensor-float8-tensor`, `f8-g128-float8-b128`).
+An activation is `a8[-g<N>|-token][-sym|-asym]`, `f8[-g<N>|-token|-tensor]`, `s8[-sym|-asym]`, `sf8`, or block floats;
+without one, activations stay as they are. `a8` quantizes the input of a product to int8 codes, anew each time:
+symmetric in groups of 32 of a token unless it says otherwise (`a8-int4-g32`, `a8-token-asym-int8`). `f8` quantizes it
+to float8 (e4m3) numbers, with a scale a token unless it says otherwise (`f8-float8`, `f8-tensor-float8-tensor`,
+`f8-g128-float8-b128`). `s8` and `sf8` are their static kin: int8 and float8 with one scale for all inputs, which a
+calibration run chose (`s8-int8`, `s8-asym-int8`, `sf8-float8`).
 
 Block floats are the name of an MX format, `<mx>[-floor|-ceil|-even|-rceil]`, or `nvfp4[-tensor|-token]`, before that of
 the weight's: `mxfp8-mxfp8`, `mxfp8-e5m2-mxfp8`, `mxfp8-rceil-mxfp4`, `nvfp4-nvfp4`. They take the rule `floor`, and one
@@ -28,7 +30,13 @@ from llmquant.formats import FORMATS, Format
 from llmquant.primitives.dynamic import DEFAULT_GROUP, FLOAT8, INT8, Activation, block_floats
 from llmquant.primitives.granularity import Granularity, MappingType, PerTensor, PerToken, PerTokenGroup
 
-_DEFAULT_TOKENS: dict[str, Granularity] = {INT8: PerTokenGroup(DEFAULT_GROUP), FLOAT8: PerToken()}
+_DEFAULT_TOKENS: dict[str, Granularity] = {
+    "a8": PerTokenGroup(DEFAULT_GROUP),
+    "f8": PerToken(),
+    "s8": PerTensor(),
+    "sf8": PerTensor(),
+}
+_STATIC = ("s8", "sf8")
 
 
 def parse_scheme(scheme: str) -> QuantConfig | None:
@@ -62,18 +70,20 @@ def parse_config(value: str | Mapping[str, Any] | None) -> QuantConfig | None:
 
 def _split_activation(scheme: str) -> tuple[Activation | None, str]:
     """What a scheme says of activations, and the rest, which begins with the format."""
-    if not scheme.startswith(("a8", "f8")):
+    if not scheme.startswith(tuple(_DEFAULT_TOKENS)):
         return _split_blocks(scheme)
-    found = re.fullmatch(r"(a8|f8)(?:-(g[0-9]+|token|tensor))?(?:-(sym|asym))?-(.*)", scheme)
+    found = re.fullmatch(r"(a8|f8|s8|sf8)(?:-(g[0-9]+|token|tensor))?(?:-(sym|asym))?-(.*)", scheme)
     if not found:
         raise ConfigError(
             f"cannot read the activations of scheme {scheme!r}",
             hint="a8 may be followed by -g<size> or -token, then -sym or -asym, and a format: a8-int4-g32; "
-            "f8 by -g<size>, -token or -tensor, and a format: f8-float8",
+            "f8 by -g<size>, -token or -tensor, and a format: f8-float8; s8 by -sym or -asym, and a format: s8-int8; "
+            "sf8 by a format: sf8-float8",
         )
     prefix, shared, mapping, stem = found.groups()
-    dtype = INT8 if prefix == "a8" else FLOAT8
-    return Activation.of(_token_granularity(shared, dtype), _suffix_mapping(mapping), dtype), stem
+    dtype = INT8 if prefix in ("a8", "s8") else FLOAT8
+    tokens = _token_granularity(shared, prefix)
+    return Activation.of(tokens, _suffix_mapping(mapping), dtype, static=prefix in _STATIC), stem
 
 
 def _split_blocks(scheme: str) -> tuple[Activation | None, str]:
@@ -89,8 +99,8 @@ def _split_blocks(scheme: str) -> tuple[Activation | None, str]:
     return Activation.of(PerToken() if shared == "token" else PerTensor(), dtype=name, scale_rule=rule or ""), stem
 
 
-def _token_granularity(shared: str | None, dtype: str) -> Granularity:
-    named = {"token": PerToken(), "tensor": PerTensor(), None: _DEFAULT_TOKENS[dtype]}
+def _token_granularity(shared: str | None, prefix: str) -> Granularity:
+    named = {"token": PerToken(), "tensor": PerTensor(), None: _DEFAULT_TOKENS[prefix]}
     return named[shared] if shared in named else PerTokenGroup(int(str(shared)[1:]))
 
 

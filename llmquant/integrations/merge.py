@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llmquant.errors import UnsupportedOpError
 from llmquant.kernels.packed import Packed
-from llmquant.primitives.dynamic import Activation
+from llmquant.primitives.dynamic import Activation, StaticScale
 from llmquant.tensor import QuantizedTensor
 from llmquant.tensor.slicing import join, take_slice
 
@@ -20,13 +20,14 @@ class Product(NamedTuple):
     weight: Packed | Tensor
     bias: Tensor | None
     activation: Activation | None = None
+    static: StaticScale | None = None
 
 
 def product(linear: nn.Linear) -> Product:
     """One layer's own weight and bias."""
     weight = linear.weight
     if isinstance(weight, QuantizedTensor):
-        return Product(weight.packed(), linear.bias, weight.meta.activation)
+        return Product(weight.packed(), linear.bias, weight.meta.activation, weight.static_scale)
     return Product(weight, linear.bias)
 
 
@@ -52,7 +53,7 @@ def merge(linears: list[nn.Linear]) -> Product:
         if bias is not None:
             _replace(linear, "bias", bias[start:stop])
         start = stop
-    return Product(joined.packed(), bias, joined.meta.activation)
+    return Product(joined.packed(), bias, joined.meta.activation, joined.static_scale)
 
 
 def separate(linear: nn.Linear) -> None:

@@ -47,10 +47,10 @@ def norm(x: Tensor, by: Norm) -> Tensor:
 
 def linear(x: Tensor, by: Product) -> Tensor:
     """x [..., K] -> [..., N]."""
-    weight, bias, activation = by
+    weight, bias, activation, static = by
     if not isinstance(weight, Packed):
         return F.linear(x, weight, bias)
-    return ops.linear_as(x, weight, activation, bias)
+    return ops.linear_as(x, weight, activation, bias, static)
 
 
 def project(x: Tensor, by: tuple[Product, ...]) -> Tensor:

@@ -25,6 +25,7 @@ from llmquant.primitives.spec import QuantSpec
 from llmquant.quantize import (
     AFTER_QUANTIZE,
     QuantizationReport,
+    check_stats,
     make_plan,
     quantize_weight,
     replace_weight,
@@ -126,6 +127,7 @@ class LlmQuantizer(HfQuantizer):
             verify(self.quantization_config.to_dict(), self._files(kwargs))
         else:
             plan = make_plan(model, self.quantization_config.fqn_to_config)
+            check_stats(plan, None)  # a model that is being loaded has met no inputs yet
             for candidate, config in plan.chosen:
                 for fqn in candidate.fqns:
                     self._chosen[fqn] = (candidate, config)

@@ -15,7 +15,7 @@ from torch import Tensor
 from llmquant.kernels import reference
 from llmquant.kernels.packed import Packed
 from llmquant.kernels.triton import TRITON, Triton, missing_card
-from llmquant.primitives.dynamic import Activation, quantize_activation
+from llmquant.primitives.dynamic import Activation, StaticScale, quantize_activation
 
 _GROUPS = (32, 64, 128, 256)
 _MOST_INT4 = 32  # tokens; `_weight_int4pack_mm` decodes the weight anew for every 16
@@ -73,6 +73,11 @@ PRODUCTS: dict[str, Product] = {
 """By format."""
 
 
+def missing(capability: tuple[int, int] = (8, 0)) -> str | None:
+    """Why no product that needs a card of such a capability can run in this process, or None."""
+    return "its products are CUDA's" if torch.version.hip else missing_card(capability)
+
+
 def refusal(format_name: str, block: tuple[int, int], columns: int, device: str) -> str | None:
     """Why none of aten's products takes such a weight here, or None."""
     if device != "cuda":
@@ -80,9 +85,7 @@ def refusal(format_name: str, block: tuple[int, int], columns: int, device: str)
     product = PRODUCTS.get(format_name)
     if product is None:
         return f"aten has no product for {format_name}"
-    if torch.version.hip:
-        return "its products are CUDA's"
-    return missing_card(product.capability) or product.misfit(block, columns)
+    return missing(product.capability) or product.misfit(block, columns)
 
 
 def merit(format_name: str) -> str:
@@ -108,7 +111,9 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     return (out if bias is None else out.add_(bias)).reshape(*x.shape[:-1], weight.rows)
 
 
-def linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
+def linear_int8(
+    x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None, static: StaticScale | None = None
+) -> Tensor:
     """The same with x in int8 codes: exact integer products by `_int_mm` of symmetric int8 weights, scaled in float32.
 
     The weight's codes are brought around zero anew for every call: many tokens are worth it, and it costs no memory.
@@ -116,8 +121,8 @@ def linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor 
     many = x.shape[:-1].numel() > _FEW and _has_rows(weight, 8)
     one_scale = activation.width(weight.columns) == weight.columns
     if not (weight.format == "int8" and weight.zero_point is None and many and one_scale):
-        return _other(weight).linear_int8(x, weight, activation, bias)
-    given = quantize_activation(_flat(x), activation)
+        return _other(weight).linear_int8(x, weight, activation, bias, static)
+    given = quantize_activation(_flat(x), activation, static)
     codes = (weight.qdata ^ 128).view(torch.int8)  # code - 128 [N, K]
     sums = torch._int_mm(given.codes, codes.T)
     if given.zero_point is not None:
@@ -128,14 +133,16 @@ def linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor 
     return out.to(x.dtype).reshape(*x.shape[:-1], weight.rows)
 
 
-def linear_float8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
+def linear_float8(
+    x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None, static: StaticScale | None = None
+) -> Tensor:
     """The same with x in float8 codes: bfloat16 results of `_scaled_mm`, whose bias is rounded to bfloat16 before."""
     fits = weight.format == "float8" and x.dtype == torch.bfloat16 and _has_rows(weight, 16) and x.numel() > 0
     one_scale = activation.group <= 0 or activation.width(weight.columns) == weight.columns
     if not (fits and one_scale):
-        return _other(weight).linear_float8(x, weight, activation, bias)
+        return _other(weight).linear_float8(x, weight, activation, bias, static)
     tokens = _flat(x)
-    given = quantize_activation(tokens, activation)
+    given = quantize_activation(tokens, activation, static)
     left, right = given.scale, _row_scales(weight)
     if weight.scale.numel() == left.numel() == 1:  # one scale on either side
         right = weight.scale.float()

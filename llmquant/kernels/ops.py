@@ -16,7 +16,15 @@ from llmquant.kernels import reference, registry
 from llmquant.kernels.packed import Packed
 from llmquant.primitives import dynamic
 from llmquant.primitives.blocks import block_counts
-from llmquant.primitives.dynamic import FLOAT8, INT8, Activation, dequantize_activation, quantize_activation
+from llmquant.primitives.dynamic import (
+    ALL_TOKENS,
+    FLOAT8,
+    INT8,
+    Activation,
+    StaticScale,
+    dequantize_activation,
+    quantize_activation,
+)
 
 _PACKED = "Tensor qdata, Tensor scale, Tensor? zero_point, str format, int[2] block, SymInt columns"
 
@@ -25,7 +33,11 @@ LIBRARY.define(f"linear(Tensor x, {_PACKED}, Tensor? bias=None) -> Tensor")
 LIBRARY.define(
     f"linear_int8(Tensor x, {_PACKED}, int activation_group, bool activation_asymmetric, Tensor? bias=None) -> Tensor"
 )
+LIBRARY.define(
+    f"linear_int8_static(Tensor x, {_PACKED}, Tensor act_scale, Tensor? act_zero_point, Tensor? bias=None) -> Tensor"
+)
 LIBRARY.define(f"linear_float8(Tensor x, {_PACKED}, int activation_group, Tensor? bias=None) -> Tensor")
+LIBRARY.define(f"linear_float8_static(Tensor x, {_PACKED}, Tensor act_scale, Tensor? bias=None) -> Tensor")
 LIBRARY.define('fake_quantize(Tensor x, int group, bool asymmetric, str dtype, str scale_rule="") -> Tensor')
 LIBRARY.define(f"matmul(Tensor x, {_PACKED}) -> Tensor")
 LIBRARY.define(f"embedding(Tensor indices, {_PACKED}, ScalarType dtype) -> Tensor")
@@ -38,35 +50,56 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     return torch.ops.llmquant.linear(x, *weight, bias)
 
 
-def linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None = None) -> Tensor:
-    """`linear` of x in int8 codes (see `primitives.dynamic`). The gradient of x is that of `linear`: straight through
-    the rounding; those of scale and zero point meet x as its codes stand for it."""
+def linear_int8(
+    x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None = None, static: StaticScale | None = None
+) -> Tensor:
+    """`linear` of x in int8 codes (see `primitives.dynamic`); `static` only of a static activation.
+
+    The gradient of x is that of `linear`: straight through the rounding; those of scale and zero point meet x as its
+    codes stand for it."""
     if _nobody_watches(x, weight, bias):
-        return _linear_int8(x, weight, activation, bias)
+        return _linear_int8(x, weight, activation, bias, static)
+    _check_static("linear_int8", activation, static)
+    if static is not None:
+        return torch.ops.llmquant.linear_int8_static(x, *weight, *static, bias)
     return torch.ops.llmquant.linear_int8(x, *weight, activation.group, activation.asymmetric, bias)
 
 
-def linear_float8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None = None) -> Tensor:
-    """`linear` of x in float8 codes (see `primitives.dynamic`), with the gradients of `linear_int8`."""
+def linear_float8(
+    x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None = None, static: StaticScale | None = None
+) -> Tensor:
+    """`linear` of x in float8 codes (see `primitives.dynamic`), with `static` and gradients as in `linear_int8`."""
     if _nobody_watches(x, weight, bias):
-        return _linear_float8(x, weight, activation, bias)
+        return _linear_float8(x, weight, activation, bias, static)
+    _check_static("linear_float8", activation, static)
+    if static is not None:
+        return torch.ops.llmquant.linear_float8_static(x, *weight, static.scale, bias)
     return torch.ops.llmquant.linear_float8(x, *weight, activation.group, bias)
 
 
-def linear_as(x: Tensor, weight: Packed, activation: Activation | None, bias: Tensor | None = None) -> Tensor:
+def linear_as(
+    x: Tensor,
+    weight: Packed,
+    activation: Activation | None,
+    bias: Tensor | None = None,
+    static: StaticScale | None = None,
+) -> Tensor:
     """`linear` of x as the weight asks for it: as it is, in codes of its dtype, or as what such codes mean."""
     if activation is None:
         return linear(x, weight, bias)
     if activation.dtype in (INT8, FLOAT8):
         product = linear_int8 if activation.dtype == INT8 else linear_float8
-        return product(x, weight, activation, bias)
+        return product(x, weight, activation, bias, static)
     return linear(fake_quantize(x, activation), weight, bias)
 
 
 def fake_quantize(x: Tensor, activation: Activation) -> Tensor:
-    """x [..., K] -> what its codes stand for, in x's dtype (see `primitives.dynamic`); its gradient is theirs."""
+    """x [..., K] -> what its codes stand for, in x's dtype (see `primitives.dynamic`); its gradient is theirs.
+
+    Not for static activations."""
     if _nobody_watches(x):
         return _fake_quantize(x, activation)
+    _check_static("fake_quantize", activation, None)
     return torch.ops.llmquant.fake_quantize(
         x, activation.group, activation.asymmetric, activation.dtype, activation.scale_rule
     )
@@ -165,11 +198,35 @@ def _linear_int8_op(x: Tensor, *args: Any) -> Tensor:
     return _linear_int8(x, Packed.passing(*args[:6]), Activation(*args[6:8]), args[8] if len(args) > 8 else None)
 
 
-def _linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
+def _linear_int8_static_op(x: Tensor, *args: Any) -> Tensor:
+    static = StaticScale(*args[6:8])
+    weight, bias = Packed.passing(*args[:6]), args[8] if len(args) > 8 else None
+    return _linear_int8(x, weight, _static(static), bias, static)
+
+
+def _linear_int8(
+    x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None, static: StaticScale | None = None
+) -> Tensor:
     _check_linear("linear_int8", x, weight, bias)
     if activation.dtype != INT8:
         raise RuntimeError(f"llmquant::linear_int8 takes no activations in {activation.dtype}")
-    return registry.backend(weight).linear_int8(x, weight, activation, bias)
+    _check_static("linear_int8", activation, static)
+    return registry.backend(weight).linear_int8(x, weight, activation, bias, static)
+
+
+def _static(static: StaticScale, dtype: str = INT8) -> Activation:
+    """The activation that brings these scales along."""
+    return Activation(ALL_TOKENS, static.zero_point is not None, dtype, static=True)
+
+
+def _check_static(name: str, activation: Activation, static: StaticScale | None) -> None:
+    """A static activation has one scale, and one zero point if it is asymmetric; all others have none."""
+    if static is None and not activation.static:
+        return
+    wanted = [(torch.float32, 1), (torch.int8, 1) if activation.asymmetric else None]
+    found = [None if t is None else (t.dtype, t.numel()) for t in static or (None, None)]
+    if found != wanted or not activation.static:
+        raise RuntimeError(f"llmquant::{name}: {activation.scheme} does not go with scale and zero point {found}")
 
 
 def _linear_float8_op(x: Tensor, *args: Any) -> Tensor:
@@ -177,11 +234,20 @@ def _linear_float8_op(x: Tensor, *args: Any) -> Tensor:
     return _linear_float8(x, Packed.passing(*args[:6]), activation, args[7] if len(args) > 7 else None)
 
 
-def _linear_float8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
+def _linear_float8_static_op(x: Tensor, *args: Any) -> Tensor:
+    static = StaticScale(args[6])
+    weight, bias = Packed.passing(*args[:6]), args[7] if len(args) > 7 else None
+    return _linear_float8(x, weight, _static(static, FLOAT8), bias, static)
+
+
+def _linear_float8(
+    x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None, static: StaticScale | None = None
+) -> Tensor:
     _check_linear("linear_float8", x, weight, bias)
     if activation.dtype != FLOAT8:
         raise RuntimeError(f"llmquant::linear_float8 takes no activations in {activation.dtype}")
-    return registry.backend(weight).linear_float8(x, weight, activation, bias)
+    _check_static("linear_float8", activation, static)
+    return registry.backend(weight).linear_float8(x, weight, activation, bias, static)
 
 
 def _fake_quantize_op(x: Tensor, *args: Any) -> Tensor:
@@ -191,6 +257,7 @@ def _fake_quantize_op(x: Tensor, *args: Any) -> Tensor:
 def _fake_quantize(x: Tensor, activation: Activation) -> Tensor:
     if not x.is_floating_point() or x.dim() < 1:
         raise RuntimeError(f"llmquant::fake_quantize needs floating tokens, not {x.dtype} {tuple(x.shape)}")
+    _check_static("fake_quantize", activation, None)
     return dynamic.fake_quantize(x, activation)
 
 
@@ -244,7 +311,7 @@ def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _save_weight(ctx, inputs, output)
     ctx.bias_dtype = inputs[-1].dtype if isinstance(inputs[-1], Tensor) else None  # it comes last, or is left out
-    ctx.activation = None
+    ctx.activation = ctx.static = None
 
 
 def _save_linear_int8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -252,9 +319,21 @@ def _save_linear_int8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
     ctx.activation = Activation(*inputs[7:9])
 
 
+def _save_linear_int8_static(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save_linear(ctx, inputs, output)
+    ctx.static = StaticScale(*inputs[7:9])
+    ctx.activation = _static(ctx.static)
+
+
 def _save_linear_float8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _save_linear(ctx, inputs, output)
     ctx.activation = Activation(inputs[7], dtype=FLOAT8)
+
+
+def _save_linear_float8_static(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save_linear(ctx, inputs, output)
+    ctx.static = StaticScale(inputs[7])
+    ctx.activation = _static(ctx.static, FLOAT8)
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -263,7 +342,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.trains:
         x = ctx.saved_tensors[0]
         if ctx.activation is not None:
-            x = _seen(x, ctx.activation)
+            x = _seen(x, ctx.activation, ctx.static)
         trained = reference.qparams_gradients(grad, x, ctx.weight)
     grads = _in_order(ctx, grad_x, trained)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[-1]:
@@ -271,11 +350,11 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(grads)
 
 
-def _seen(x: Tensor, activation: Activation) -> Tensor:
+def _seen(x: Tensor, activation: Activation, static: StaticScale | None) -> Tensor:
     """x as products meet it."""
     if activation.dtype == FLOAT8:
-        return dynamic.fake_quantize(x, activation)
-    return dequantize_activation(quantize_activation(x, activation), activation)
+        return dynamic.fake_quantize(x, activation, static)
+    return dequantize_activation(quantize_activation(x, activation, static), activation)
 
 
 def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -305,7 +384,9 @@ def _in_order(ctx: Any, grad_x: Tensor | None, trained: tuple[Tensor, Tensor] | 
 for _name, _impl, _fake in (
     ("linear", _linear_op, _linear_fake),
     ("linear_int8", _linear_int8_op, _linear_fake),
+    ("linear_int8_static", _linear_int8_static_op, _linear_fake),
     ("linear_float8", _linear_float8_op, _linear_fake),
+    ("linear_float8_static", _linear_float8_static_op, _linear_fake),
     ("fake_quantize", _fake_quantize_op, _fake_quantize_fake),
     ("matmul", _matmul, _matmul_fake),
     ("embedding", _embedding_op, _embedding_fake),
@@ -315,7 +396,9 @@ for _name, _impl, _fake in (
 for _name, _save, _backward in (
     ("linear", _save_linear, _linear_backward),
     ("linear_int8", _save_linear_int8, _linear_backward),
+    ("linear_int8_static", _save_linear_int8_static, _linear_backward),
     ("linear_float8", _save_linear_float8, _linear_backward),
+    ("linear_float8_static", _save_linear_float8_static, _linear_backward),
     ("matmul", _save_weight, _matmul_backward),
     ("embedding", _save_weight, _embedding_backward),
 ):

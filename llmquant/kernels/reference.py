@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmquant.kernels.packed import Packed
 from llmquant.primitives.blocks import to_blocks
-from llmquant.primitives.dynamic import Activation, fake_quantize, quantize_activation, steps
+from llmquant.primitives.dynamic import Activation, StaticScale, fake_quantize, quantize_activation, steps
 
 
 def refusal(format_name: str, block: tuple[int, int], columns: int, device: str) -> str | None:
@@ -34,13 +34,15 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     return out
 
 
-def linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
+def linear_int8(
+    x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None, static: StaticScale | None = None
+) -> Tensor:
     """x [..., K] -> x^ @ weight.T + bias, [..., N] in x's dtype, x^ being x in int8 codes (see `primitives.dynamic`).
 
     Where one scale of x and one of the weight hold, the sum of (code of x - zero) * (weight at scale 1) is exact. It is
     rounded once to float32, multiplied there by the scale of x and then by that of the weight, and added up in float32.
     """
-    quantized = quantize_activation(x.reshape(x.shape[:-1].numel(), weight.columns), activation)
+    quantized = quantize_activation(x.reshape(x.shape[:-1].numel(), weight.columns), activation, static)
     # Float64 sums are exact in any order while they stay below 2^53 units. Codes are integers below 2^8; weights at
     # scale 1 are multiples of 1/2 below 2^8 (integers), of 2^-27 up to 1 (nf4), of 2^-9 below 2^9 (e4m3) or of 2^-16
     # below 2^16 (e5m2, which is exact for blocks of up to 2^13 columns, and beyond them rounded where float32 does not
@@ -61,9 +63,11 @@ def linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor 
     return out
 
 
-def linear_float8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
+def linear_float8(
+    x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None, static: StaticScale | None = None
+) -> Tensor:
     """x [..., K] -> x^ @ weight.T + bias, x^ being what the float8 codes of x stand for, rounded to x's dtype."""
-    return linear(fake_quantize(x, activation), weight, bias)
+    return linear(fake_quantize(x, activation, static), weight, bias)
 
 
 def matmul(x: Tensor, weight: Packed) -> Tensor:

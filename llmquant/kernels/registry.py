@@ -15,7 +15,7 @@ from llmquant.errors import ConfigError
 from llmquant.kernels import aten, cpu, reference
 from llmquant.kernels.packed import Packed
 from llmquant.kernels.triton import TRITON
-from llmquant.primitives.dynamic import Activation
+from llmquant.primitives.dynamic import Activation, StaticScale
 
 
 class Backend(Protocol):
@@ -27,10 +27,14 @@ class Backend(Protocol):
     def linear(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
 
-    def linear_int8(self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
+    def linear_int8(
+        self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None, static: StaticScale | None = None
+    ) -> Tensor:
         """The same with x in int8 codes, by the rule of `primitives.dynamic`."""
 
-    def linear_float8(self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
+    def linear_float8(
+        self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None, static: StaticScale | None = None
+    ) -> Tensor:
         """The same with x as its float8 codes stand for it."""
 
     def matmul(self, x: Tensor, weight: Packed) -> Tensor:

@@ -28,16 +28,17 @@ class Text:
     sha256: str
 
 
-def load_text(name_or_path: str = BUILTIN) -> Text:
+def load_text(name_or_path: str = BUILTIN, split: str = "test") -> Text:
     """Read a text by name (`builtin`, `wikitext2`) or from a UTF-8 file, byte for byte.
 
-    The two names win over files of the same name: write `./builtin` for such a file.
+    `split` is that of WikiText-2, `test` or `train`: what is measured on the one may learn from the other. The two
+    names win over files of the same name: write `./builtin` for such a file.
 
     Raises:
         TextError: the text is missing, empty, not UTF-8, or cannot be downloaded.
         MissingDependencyError: `wikitext2` without the `datasets` package.
     """
-    named: dict[str, Callable[[], str]] = {BUILTIN: _builtin, WIKITEXT2: _wikitext2}
+    named: dict[str, Callable[[], str]] = {BUILTIN: _builtin, WIKITEXT2: lambda: _wikitext2(split)}
     content = named[name_or_path]() if name_or_path in named else _file(name_or_path)
     if not content.strip():
         raise TextError("the text is empty", where=name_or_path, hint=f"a file with text in it, or `{BUILTIN}`")
@@ -51,8 +52,8 @@ def _builtin() -> str:
     return "\n".join(topics[key] for key in sorted(topics))
 
 
-def _wikitext2() -> str:
-    """WikiText-2 raw, test split; its rows end in newlines, so they are joined by nothing."""
+def _wikitext2(split: str) -> str:
+    """WikiText-2 raw; its rows end in newlines, so they are joined by nothing."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -60,7 +61,7 @@ def _wikitext2() -> str:
         raise MissingDependencyError("WikiText-2 needs the `datasets` package", where=WIKITEXT2, hint=hint) from error
     try:
         # The alias `wikitext` is refused by newer versions of huggingface_hub: they want a namespace.
-        rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+        rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
     except Exception as error:  # the hub fails in too many types to list: HTTP, OSError, ValueError, its own
         hint = f"the text `{BUILTIN}`, which needs no download, or the path of a text file"
         raise TextError(f"WikiText-2 cannot be downloaded: {error}", where=WIKITEXT2, hint=hint) from error

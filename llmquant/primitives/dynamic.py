@@ -1,4 +1,4 @@
-"""Activations as int8, float8 or block float codes, made anew for every input. Every kernel has to follow this rule.
+"""Activations as int8, float8 or block float codes, made for every input. This rule is what every kernel has to follow.
 
 Along a token, `group` neighbours share a scale; the last group may be shorter. All arithmetic is float32:
 
@@ -11,9 +11,13 @@ Along a token, `group` neighbours share a scale; the last group may be shorter. 
 * MX and NVFP4: the formats of that name, rounded plainly by the rule of `primitives.blockfloat`; the float32 scale of
   NVFP4 is that of a token, or of all tokens.
 
+A static activation has one scale (and zero point) for whatever may come: that of the lowest and highest value which a
+calibration run saw, by the same formulas (`static_scale`). Codes are clamped as above, so values beyond them saturate.
+
 Divisions are divisions, not products with an inverse; rounding is half to even. Where the scale is 0 (zeros, or
 numbers so small that it underflows) the divisor is 1. A group that holds NaN or infinity, or whose range overflows,
-gets the scale NaN with codes and zero point 0: every product with it is NaN, never a number that looks right.
+gets the scale NaN with codes and zero point 0: every product with it is NaN, never a number that looks right. Of a
+static activation so does a token that holds NaN or infinity, and no other.
 
 Products with int8 codes are sums of integers, scaled afterwards. Products with other codes are those of what the codes
 stand for, rounded once to the input's own dtype (`fake_quantize`), with the weights as they are.
@@ -44,6 +48,8 @@ INT8, FLOAT8 = "int8", "float8_e4m3fn"
 ALL_TOKENS = -1
 """The group that is the whole input: one scale for all of its tokens."""
 _PREFIXES = {INT8: "a8", FLOAT8: "f8"}
+_STATIC_PREFIXES = {INT8: "s8", FLOAT8: "sf8"}
+_OPTIONAL = {"scale_rule": str, "static": bool}  # fields that plain JSON names only where they say something
 _LARGEST_GROUP = 2**31 - 1  # what native code can count with
 _CHUNK_ELEMENTS = 2**16  # whose temporaries stay in a core's cache
 
@@ -76,11 +82,13 @@ class Activation:
     """How the input of a product is quantized.
 
     Attributes:
-        group: neighbours of a token that share a scale; 0 means the whole token, `ALL_TOKENS` (float8 only) all of
-            them. MX has groups of 32 only; of NVFP4 it says what shares the float32 scale, 0 or `ALL_TOKENS`.
+        group: neighbours of a token that share a scale; 0 means the whole token, `ALL_TOKENS` (float8 or static only)
+            all of them. MX has groups of 32 only; of NVFP4 it says what shares the float32 scale, 0 or `ALL_TOKENS`.
         asymmetric: whether groups have zero points (int8 only).
         dtype: of the codes, `int8` or `float8_e4m3fn`, or a format of block floats (`mxfp8`, `nvfp4`, ...).
         scale_rule: of MX, how a scale follows from the largest magnitude; `floor` unless it is given.
+        static: whether the scale is that of a calibration run, which the weight brings along (`StaticScale`); int8 and
+            float8 only, and the group is `ALL_TOKENS` then.
 
     Raises:
         ConfigError: for another dtype, for a group that is negative or too large to count with, and for zero points,
@@ -91,18 +99,27 @@ class Activation:
     asymmetric: bool = False
     dtype: str = INT8
     scale_rule: str = ""
+    static: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in activation_dtypes():
             known = " or ".join(activation_dtypes())
             raise ConfigError(f"activations cannot be quantized to {self.dtype!r}", hint=known)
-        if self.dtype == INT8 and self.group == ALL_TOKENS:
+        if self.static:
+            self._check_static()
+        elif self.dtype == INT8 and self.group == ALL_TOKENS:
             raise ConfigError(f"int8 activations have no scale for all tokens (group {self.group})", hint="PerToken()")
         if not ALL_TOKENS <= self.group <= _LARGEST_GROUP:
             raise ConfigError(f"activations cannot be quantized in groups of {self.group}", hint="for instance 32")
         if self.dtype != INT8 and self.asymmetric:
             raise ConfigError(f"{self.dtype} activations are symmetric only", hint="leave asym out")
         self._check_blocks()
+
+    def _check_static(self) -> None:
+        if self.dtype not in _STATIC_PREFIXES:
+            raise ConfigError(f"{self.dtype} activations cannot be static", hint=" or ".join(_STATIC_PREFIXES))
+        if self.group != ALL_TOKENS:
+            raise ConfigError("static activations have one scale for all inputs", hint="PerTensor()")
 
     def _check_blocks(self) -> None:
         """Fills in the scale rule. Raises where block floats have no such group, or the dtype has no such rule."""
@@ -129,16 +146,17 @@ class Activation:
         mapping_type: MappingType = MappingType.SYMMETRIC,
         dtype: str = INT8,
         scale_rule: str = "",
+        static: bool = False,
     ) -> Activation:
         """The same in the words of a config. Raises `ConfigError` for what activations cannot have."""
         asymmetric = mapping_type is MappingType.ASYMMETRIC
         match granularity:
             case PerToken():
-                return cls(0, asymmetric, dtype, scale_rule)
+                return cls(0, asymmetric, dtype, scale_rule, static)
             case PerTokenGroup(group_size):
-                return cls(group_size, asymmetric, dtype, scale_rule)
+                return cls(group_size, asymmetric, dtype, scale_rule, static)
             case PerTensor():
-                return cls(ALL_TOKENS, asymmetric, dtype, scale_rule)
+                return cls(ALL_TOKENS, asymmetric, dtype, scale_rule, static)
         raise ConfigError(
             f"activations cannot be quantized {granularity}",
             hint="PerToken(), PerTokenGroup(group_size), or PerTensor() in float8 and nvfp4",
@@ -157,7 +175,9 @@ class Activation:
 
     @property
     def scheme(self) -> str:
-        """What goes before the scheme of a weight: `a8`, `a8-g64`, `a8-token-asym`, `f8`, `f8-tensor`, `mxfp8-even`."""
+        """What goes before the scheme of a weight: `a8`, `a8-token-asym`, `f8-tensor`, `s8`, `sf8`, `mxfp8-even`."""
+        if self.static:
+            return _STATIC_PREFIXES[self.dtype] + ("-asym" if self.asymmetric else "")
         names = {0: "-token", ALL_TOKENS: "-tensor"}
         group = names.get(self.group, f"-g{self.group}")
         said = "" if self.group == _default_group(self.dtype) else group
@@ -166,32 +186,38 @@ class Activation:
         return _PREFIXES.get(self.dtype, self.dtype) + said + rule + ("-asym" if self.asymmetric else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON: the inverse of `from_dict`. A scale rule is named only where there is one."""
-        return {key: value for key, value in asdict(self).items() if key != "scale_rule" or value}
+        """Plain JSON: the inverse of `from_dict`. `scale_rule` and `static` are named only where they say something."""
+        return {key: value for key, value in asdict(self).items() if key not in _OPTIONAL or value}
 
     @classmethod
     def from_dict(cls, values: Any) -> Activation:
         """Reads what `to_dict` gives. Raises `ConfigError` for anything else."""
         fields = {"dtype": str, "group": int, "asymmetric": bool}
         found = {key: type(value) for key, value in values.items()} if isinstance(values, Mapping) else {}
-        if found not in (fields, fields | {"scale_rule": str}) or values["dtype"] not in activation_dtypes():
+        wanted = fields | {key: kind for key, kind in _OPTIONAL.items() if key in found}
+        if found != wanted or values["dtype"] not in activation_dtypes():
             raise ConfigError(f"cannot read the activation {values!r}", hint=f"for instance {cls(32).to_dict()}")
         return cls(**values)
 
     def width(self, columns: int) -> int:
         """Elements that share a scale in a token of `columns` elements; at least 1.
 
-        An input with one scale for all of its tokens counts as one token.
+        An input with one scale of its own for all of its tokens counts as one token.
         """
         return max(min(self.group if self.group > 0 else columns, columns), 1)
 
     def tokens(self, shape: torch.Size) -> tuple[int, int]:
-        """Tokens in an input of that shape, and the elements of each; all of it is one where all share a scale.
+        """Tokens in an input of that shape, and the elements of each; all of it is one where all share its scale.
 
         Tokens in block floats stay apart: their blocks do, whatever shares a second scale.
         """
-        one = self.group == ALL_TOKENS and self.blocks is None
+        one = self.is_joint and self.blocks is None
         return (1, shape.numel()) if one else (shape[:-1].numel(), shape[-1])
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the tokens of an input share a scale that is made from all of them."""
+        return self.group == ALL_TOKENS and not self.static
 
 
 class DynamicCodes(NamedTuple):
@@ -210,24 +236,42 @@ class DynamicCodes(NamedTuple):
     tensor_scale: Tensor | None = None
 
 
-def quantize_activation(x: Tensor, activation: Activation) -> DynamicCodes:
-    """x float [..., K] -> codes, by the rule of this module."""
+class StaticScale(NamedTuple):
+    """What a calibration run chose for all inputs of a weight.
+
+    scale: float32, one element of any shape.
+    zero_point: int8, likewise, or None where codes are symmetric.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+
+def static_scale(low: Tensor, high: Tensor, activation: Activation) -> StaticScale:
+    """Lowest and highest input float32 [...] -> the scales [...] of a static activation, and its zero points."""
+    low, high, levels, _ = _range(torch.stack([low, high], -1), activation)
+    scale, divisor = _scales(high - low, levels)
+    return StaticScale(scale, _zero_point(low / divisor).to(torch.int8) if activation.asymmetric else None)
+
+
+def quantize_activation(x: Tensor, activation: Activation, static: StaticScale | None = None) -> DynamicCodes:
+    """x float [..., K] -> codes, by the rule of this module; `static` only for a static activation."""
     if activation.blocks is not None:
         return _quantize_blocks(x, activation)
     tokens, columns = activation.tokens(x.shape)
     block = (1, activation.width(columns))
     groups = to_blocks(x.reshape(tokens, columns).float(), block)  # [T, G, n], padded with zeros
     low, high, levels, limits = _range(groups, activation)
-    scale, divisor = _scales(high - low, levels)
+    scale, divisor = _scales(high - low, levels) if static is None else _given_scales(low, high, static)
     codes = groups / divisor.unsqueeze(-1)
     zero_point = None
     if activation.asymmetric:
-        zero_point = _zero_point(low / divisor)
+        zero_point = _zero_point(low / divisor) if static is None else _given_zero_points(scale, static)
         codes.round_().add_(zero_point.unsqueeze(-1))
     elif activation.dtype == INT8:
         codes.round_()
     codes = from_blocks(codes.clamp_(*limits).nan_to_num_(0.0), tokens, columns, block)
-    leading = (1,) * (x.dim() - 1) if activation.group == ALL_TOKENS else x.shape[:-1]
+    leading = (1,) * (x.dim() - 1) if activation.is_joint else x.shape[:-1]
     shape = (*leading, scale.shape[-1])
     return DynamicCodes(
         codes.to(getattr(torch, activation.dtype)).reshape(x.shape),
@@ -248,12 +292,12 @@ def dequantize_activation(quantized: DynamicCodes, activation: Activation) -> Te
     return from_blocks(distance * scale, tokens, columns, block).reshape(shape)
 
 
-def fake_quantize(x: Tensor, activation: Activation) -> Tensor:
+def fake_quantize(x: Tensor, activation: Activation, static: StaticScale | None = None) -> Tensor:
     """x float [..., K] -> what its codes stand for, rounded to x's dtype."""
     tokens, columns = activation.tokens(x.shape)
     rows = x.reshape(tokens, columns)
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    fake = _faker(rows, activation)
+    fake = _faker(rows, activation, static)
     # Some tokens at a time, so that what lies between x and the result does not leave the cache.
     step = max(_CHUNK_ELEMENTS // max(columns, 1), 1)
     for start in range(0, tokens, step):
@@ -261,10 +305,10 @@ def fake_quantize(x: Tensor, activation: Activation) -> Tensor:
     return out.reshape(x.shape)
 
 
-def _faker(rows: Tensor, activation: Activation) -> Callable[[Tensor], Tensor]:
+def _faker(rows: Tensor, activation: Activation, static: StaticScale | None) -> Callable[[Tensor], Tensor]:
     """What rounds some of these rows, [T, K] -> float32 [T, K]."""
     if activation.blocks is None:
-        return partial(_fake_quantize, activation=activation)
+        return partial(_fake_quantize, activation=activation, static=static)
     spec, shared = _block_rule(rows, activation)
     return partial(blockfloat.fake_quantize_rows, spec=spec, shared=shared)
 
@@ -273,13 +317,13 @@ def _block_rule(rows: Tensor, activation: Activation) -> tuple[QuantSpec, Tensor
     """What block floats mean for rows [T, K], and the float32 scale of them all where they share one."""
     assert activation.blocks is not None
     spec = blockfloat.block_spec(activation.blocks, activation.scale_rule, rows.shape[1])
-    return spec, blockfloat.tensor_scales(rows, spec, together=True) if activation.group == ALL_TOKENS else None
+    return spec, blockfloat.tensor_scales(rows, spec, together=True) if activation.is_joint else None
 
 
 def _quantize_blocks(x: Tensor, activation: Activation) -> DynamicCodes:
     rows = x.reshape(activation.tokens(x.shape))
     codes, scale, tensor_scale = blockfloat.quantize_rows(rows, *_block_rule(rows, activation))
-    leading = (1,) * (x.dim() - 1) if activation.group == ALL_TOKENS else x.shape[:-1]
+    leading = (1,) * (x.dim() - 1) if activation.is_joint else x.shape[:-1]
     return DynamicCodes(
         codes.reshape(x.shape),
         scale.reshape(*x.shape[:-1], scale.shape[-1]),
@@ -300,14 +344,14 @@ def _dequantize_blocks(quantized: DynamicCodes, activation: Activation) -> Tenso
     return blockfloat.dequantize_rows(rows, spec).reshape(codes.shape)
 
 
-def _fake_quantize(rows: Tensor, activation: Activation) -> Tensor:
+def _fake_quantize(rows: Tensor, activation: Activation, static: StaticScale | None) -> Tensor:
     """rows [T, K] -> float32 [T, K]. Codes of float8 are never made: rounded numbers tell as much."""
     if activation.dtype != FLOAT8:
-        return dequantize_activation(quantize_activation(rows, activation), activation)
+        return dequantize_activation(quantize_activation(rows, activation, static), activation)
     block = (1, activation.width(rows.shape[1]))
     groups = to_blocks(rows.float(), block)
-    _, high, levels, limits = _range(groups, activation)
-    scale, divisor = _scales(high, levels)
+    low, high, levels, limits = _range(groups, activation)
+    scale, divisor = _scales(high, levels) if static is None else _given_scales(low, high, static)
     numbers = round_to_((groups / divisor.unsqueeze(-1)).clamp_(*limits), MINIFLOATS["e4m3fn"])
     return from_blocks(numbers.mul_(scale.unsqueeze(-1)), rows.shape[0], rows.shape[1], block)
 
@@ -335,6 +379,18 @@ def _scales(span: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """Scales [T, G] of groups whose range is `span`, and what their values are divided by."""
     scale = torch.where(span.isfinite(), span / levels, torch.nan)
     return scale, torch.where(scale == 0, 1.0, scale)
+
+
+def _given_scales(low: Tensor, high: Tensor, static: StaticScale) -> tuple[Tensor, Tensor]:
+    """The same where the scale is known, for tokens [T, 1] in that range."""
+    scale = torch.where(low.isfinite() & high.isfinite(), static.scale.reshape(1, 1), torch.nan)
+    return scale, torch.where(scale == 0, 1.0, scale)
+
+
+def _given_zero_points(scale: Tensor, static: StaticScale) -> Tensor:
+    """Zero points [T, 1] as float32 numbers; 0 for a token without a scale."""
+    assert static.zero_point is not None
+    return torch.where(scale.isnan(), 0.0, static.zero_point.reshape(1, 1).float())
 
 
 def _zero_point(low_steps: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from llmquant.errors import UnsupportedOpError
 from llmquant.formats import Format, get_format
 from llmquant.kernels import registry
 from llmquant.kernels.packed import Packed
-from llmquant.primitives.dynamic import Activation
+from llmquant.primitives.dynamic import Activation, StaticScale
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Meta:
         block: (rows, columns) of the logical [out, in] matrix that share a scale.
         columns: length of a logical row, in weights.
         transposed: whether the tensor stands as [..., in, out].
-        activation: how the input of a product is quantized; None leaves it as it is.
+        activation: how the input of a product is quantized; None leaves it as it is. If it is static, the tensor has
+            `act_scale` (float32) and, of asymmetric ones, `act_zero_point` (int8).
     """
 
     format: str
@@ -89,12 +90,16 @@ class QuantizedTensor(torch.Tensor):
     fields: ClassVar[tuple[Field, ...]] = (
         Field("qdata", per="element", packed=True),
         Field("scale", per="block", packed=False),
+        Field("act_scale", per="matrix", packed=False, optional=True),
+        Field("act_zero_point", per="matrix", packed=False, optional=True),
     )
     formats: ClassVar[tuple[str, ...]] = ()
 
     qdata: Tensor
     scale: Tensor
     zero_point: Tensor | None = None
+    act_scale: Tensor | None = None
+    act_zero_point: Tensor | None = None
     meta: Meta
     # What kernels worked out about this weight, and where its tensors lay then: moving them makes it void.
     _packed: tuple[tuple[Any, ...], Tensor, Packed] | None = None
@@ -263,6 +268,11 @@ class QuantizedTensor(torch.Tensor):
     def scale_dtype(self) -> torch.dtype:
         """What an entry of `scale` is; floats of one byte are kept as their bytes, in uint8."""
         return self.scale.dtype
+
+    @property
+    def static_scale(self) -> StaticScale | None:
+        """What calibration chose for the inputs of a matrix, or None where their scales are made anew."""
+        return None if self.act_scale is None else StaticScale(self.act_scale, self.act_zero_point)
 
     def block_scales(self) -> Tensor:
         """The scale of each block as kernels take it, [..., B, G] of 16 or 32 bits."""

@@ -39,7 +39,8 @@ def _new_zeros(
             hint=f"choose a number of processes that divides {rows}, or {LEAVE_OUT}",
         )
     block = (shape[-2] if step >= rows else step, w.meta.block[1])
-    count = {"element": shape[-2], "block": block_counts(shape[-2], shape[-1], block)[0], "matrix": 1}
+    across = block_counts(shape[-2], shape[-1], block)[0]
+    count = {"element": shape[-2], "block": across, "row": across, "matrix": 1}
 
     def zeros(field: Field, tensor: Tensor) -> Tensor:
         return tensor.new_zeros(*shape[:-2], count[field.per], tensor.shape[-1], device=device)

@@ -62,7 +62,7 @@ def linear_below(input: Tensor, weight: QuantizedTensor, bias: Tensor | None = N
         # Sums here run over the logical rows; `activation` is said of inputs along the columns, so this one stays.
         out = ops.matmul(input, weight.packed())
         return out if bias is None else out + bias
-    return ops.linear_as(input, weight.packed(), weight.meta.activation, bias)
+    return ops.linear_as(input, weight.packed(), weight.meta.activation, bias, weight.static_scale)
 
 
 @function(F.embedding)

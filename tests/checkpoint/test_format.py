@@ -13,7 +13,7 @@ import numpy as np
 import numpy_reader
 import pytest
 import torch
-from cases import ALL_CASES, Case, make_weight
+from cases import ALL_CASES, STATIC, Case, input_stats, make_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONFIGS, Folders, load, raw
@@ -72,10 +72,15 @@ def test_the_reader_has_at_most_60_lines_of_code() -> None:
     assert len([line for line in lines if not line.strip().startswith(("#", '"""'))]) <= 60
 
 
-@pytest.mark.parametrize("case", ALL_CASES, ids=str)
+@pytest.mark.parametrize("case", ALL_CASES + STATIC, ids=str)
 def test_the_reader_reproduces_every_format_and_layout(case: Case, tmp_path: Path) -> None:
     weights = {
-        name: quantize_weight(make_weight(shape, seed=i), case.config.with_algorithm("rtn"), transposed=transposed)
+        name: quantize_weight(
+            make_weight(shape, seed=i),
+            case.config.with_algorithm("rtn"),
+            input_stats(make_weight(shape)),
+            transposed=transposed,
+        )
         for i, (name, (shape, transposed)) in enumerate(LAYOUTS.items())
     }
     norm = torch.randn(70)

@@ -12,6 +12,7 @@ from models import CONFIGS, Folders, Shape, copy, disk, edit_json, load, manifes
 
 from llmquant.checkpoint.inspect import inspect_checkpoint
 from llmquant.errors import CheckpointError, ModelNotFoundError
+from llmquant.kernels import registry
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -41,6 +42,16 @@ def test_bytes_and_elements_are_those_of_files_and_model(family: str, folders: F
     plain = {row.fqn: (row.shape, row.format) for row in found.rows if not row.quantized}
     kept = {fqn: p for fqn, p in model.named_parameters() if fqn not in quantized}
     assert plain == {fqn: (tuple(p.shape), str(p.dtype).removeprefix("torch.")) for fqn, p in kept.items()}
+
+
+def test_kernels_are_those_of_the_device_asked_for(folders: Folders) -> None:
+    folder = folders.quantized("llama")
+    for device in ("cpu", "cuda"):
+        for row in inspect_checkpoint(folder, device).rows:
+            if row.block is not None:
+                assert (row.kernel, row.reason) == registry.choose(row.format, row.block, row.shape[-1], device)
+    named = {row.kernel for row in inspect_checkpoint(folder, "cuda").rows if row.quantized}
+    assert named <= {"aten", "triton", "reference"}  # no kernel for processors
 
 
 def test_quantized_weights_come_first(folders: Folders) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ALL_CASES, Case, make_weight
+from cases import ALL_CASES, STATIC, Case, make_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONFIGS, Folders, assert_same, build, load, raw, weights
@@ -163,9 +163,26 @@ def test_an_entry_names_the_activation_and_nothing_else_changes(
     assert assemble("w", describe(plain), tensors, torch.float32).meta.activation is None
 
 
+@pytest.mark.parametrize("shape", [(4, 70), (3, 4, 70)], ids=str)
+@pytest.mark.parametrize("case", STATIC, ids=str)
+def test_a_static_scale_is_a_component(case: Case, shape: tuple[int, ...]) -> None:
+    weight = case.quantize(make_weight(shape))
+    tensors, entry, matrices = components("w", weight), describe(weight), (*shape[:-2], 1, 1)
+    assert (tensors["w_act_scale"].dtype, tensors["w_act_scale"].shape) == (torch.float32, matrices)
+    assert ("w_act_zero_point" in tensors) == weight.meta.activation.asymmetric
+    assert {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()} == expected("w", entry)
+    assert entry["activation"]["static"] is True
+    back = assemble("w", entry, tensors, torch.float32)
+    assert torch.equal(back, weight) and back.meta == weight.meta
+    for key in tensors:
+        with pytest.raises(CheckpointError):
+            assemble("w", entry, {name: t for name, t in tensors.items() if name != key}, torch.float32)
+
+
 UNREADABLE: dict[str, Any] = {
     "another dtype": {"dtype": "float8", "group": 32, "asymmetric": False},
-    "a field too many": {"dtype": "int8", "group": 32, "asymmetric": False, "static": True},
+    "a field too many": {"dtype": "int8", "group": 32, "asymmetric": False, "scale": 1.0},
+    "a static group": {"dtype": "int8", "group": 32, "asymmetric": False, "static": True},
     "a field too few": {"dtype": "int8", "group": 32},
     "a negative group": {"dtype": "int8", "group": -1, "asymmetric": False},
     "a scheme": "a8",

@@ -37,6 +37,11 @@ def test_the_default_times_all_schemes_against_all_dense_dtypes() -> None:
     assert record["machine"]["processor"] and record["versions"]["torch"] == torch.__version__
 
 
+def test_static_activations_need_no_calibration_to_be_timed() -> None:
+    record = measured("-m", "1", "--scheme", "s8-asym-int8", "--scheme", "sf8-float8", "--dense", "float32")
+    assert [r["weight"] for r in record["results"]] == ["float32", "s8-asym-int8", "sf8-float8"]
+
+
 def test_the_table_shows_the_figures_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "deep" / "bench.json"
     args = ["--shape", "16x32", "--scheme", "int8", "--scheme", "int4-g32", "--dense", "float32", "-m", "2"]

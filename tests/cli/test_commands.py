@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from models import needs_calibration
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import llmquant
@@ -91,7 +92,9 @@ def test_every_recipe_quantizes_from_the_command_line(plain: Path, tmp_path: Pat
     assert status == 0
     report = json.loads((tmp_path / "r.json").read_text())
     in_memory = AutoModelForCausalLM.from_pretrained(plain)
-    expected = llmquant.quantize_(in_memory, recipe)
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    stats = llmquant.collect_stats(in_memory, recipe, tokenizer=tokenizer) if needs_calibration(recipe) else None
+    expected = llmquant.quantize_(in_memory, recipe, stats=stats)
     assert set(report["quantized"]) == set(expected.quantized)
     assert report["bytes_after"] == expected.bytes_after
     assert str(tmp_path / "q") in out
@@ -175,6 +178,8 @@ def test_info_is_json_too() -> None:
     found = json.loads(out)
     assert status == 0 and found["version"]["llmquant"] == llmquant.__version__
     assert found["version"]["torch"] == torch.__version__
+    assert {"native library", "portable", "aten (CUDA)", "triton (CUDA)"} <= set(found["kernels"])
+    assert torch.cuda.is_available() or found["kernels"]["aten (CUDA)"] == "there is no CUDA device"
 
 
 @pytest.mark.parametrize(
@@ -264,3 +269,50 @@ def test_the_help_page_is_current() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.PAGE.read_text(encoding="utf-8") == module.render(), "run `make docs`"
+
+
+# --- calibration ------------------------------------------------------------------------------------------
+
+
+def test_calibration_follows_text_count_and_seed(plain: Path, tmp_path: Path) -> None:
+    """Another text, count or seed gives other scales; the same ones give the same bits."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + i * i % 26) for i in range(4000)))
+    options = {
+        "one": ["--calib", text, "--calib-tokens", "600", "--seed", "1"],
+        "same": ["--calib", text, "--calib-tokens", "600", "--seed", "1"],
+        "seed": ["--calib", text, "--calib-tokens", "600", "--seed", "2"],
+        "count": ["--calib", text, "--calib-tokens", "4000", "--seed", "1"],
+        "text": ["--calib", "builtin", "--calib-tokens", "600", "--seed", "1"],
+    }
+    scales, told = {}, {}
+    for name, chosen in options.items():
+        status, _, told[name] = run("quantize", plain, "-o", tmp_path / name, "--recipe", "s8-int8", *chosen)
+        assert status == 0
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        scales[name] = torch.cat([p.act_scale.flatten() for p in model.parameters() if hasattr(p, "act_scale")])
+    assert torch.equal(scales["one"], scales["same"]) and torch.all(scales["count"] >= scales["one"])
+    assert all(not torch.equal(scales["one"], scales[name]) for name in ("seed", "count", "text"))
+    assert "calibrated on 1024 tokens" in told["one"] and "(seed 1)" in told["one"]
+    assert "calibrated on 3584 tokens" in told["count"]  # whole windows of 512
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "int8", "--calib", "builtin"], "no scheme here needs --calib"),
+        (["--recipe", "s8-int8", "--calib", "no/such/file"], "cannot be read"),
+        (["--recipe", "s8-int8", "--calib-tokens", "0"], "none to calibrate on"),
+    ],
+    ids=["not needed", "no text", "no tokens"],
+)
+def test_what_cannot_be_calibrated_is_explained(plain: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    status, _, told = run("quantize", plain, "-o", tmp_path / "q", *options)
+    assert status == 2 and message in told and not (tmp_path / "q").exists()
+
+
+def test_an_output_that_exists_is_refused_before_the_run(plain: Path, tmp_path: Path) -> None:
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "kept").write_text("mine")
+    status, _, told = run("quantize", plain, "-o", tmp_path / "q", "--recipe", "s8-int8")
+    assert status == 2 and "exists" in told and "calibrated" not in told

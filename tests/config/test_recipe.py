@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Folders, load
+from models import Folders, load, quantize
 
 from llmquant.config.base import QuantConfig
 from llmquant.config.fqn import FqnToConfig
@@ -24,7 +24,6 @@ from llmquant.config.recipe import (
 )
 from llmquant.config.schemes import parse_scheme
 from llmquant.errors import ConfigError
-from llmquant.quantize import quantize_
 from llmquant.tensor import QuantizedTensor
 
 SHIPPED = [recipe.name for recipe in list_recipes()]
@@ -71,7 +70,7 @@ def test_a_shipped_recipe_is_complete(name: str) -> None:
 def test_a_shipped_recipe_applies(name: str, family: str, folders: Folders) -> None:
     model = load(folders(family))
     tied = model.lm_head.weight is model.model.embed_tokens.weight
-    report = quantize_(model, name)
+    report = quantize(model, name)
     assert tied == (model.lm_head.weight is model.model.embed_tokens.weight) == (family == "llama-tied")
     wide = {n for n, p in model.named_parameters() if p.dim() >= 2}
     assert set(report.quantized) | set(report.skipped) >= wide and not report.warnings

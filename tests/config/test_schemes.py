@@ -11,16 +11,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmquant.config.base import SCALE_DTYPES, DynamicActivationConfig, QuantConfig, WeightOnlyConfig, from_dict
+from llmquant.config.base import (
+    SCALE_DTYPES,
+    DynamicActivationConfig,
+    QuantConfig,
+    StaticActivationConfig,
+    WeightOnlyConfig,
+    from_dict,
+)
 from llmquant.config.named import (
     Float8DynamicActivationFloat8SemiSparseWeightConfig,
     Float8DynamicActivationFloat8WeightConfig,
     Float8DynamicActivationInt4WeightConfig,
+    Float8StaticActivationFloat8WeightConfig,
     Float8WeightOnlyConfig,
     Int4WeightOnlyConfig,
     Int8DynamicActivationInt4WeightConfig,
     Int8DynamicActivationInt8WeightConfig,
     Int8DynamicActivationIntxWeightConfig,
+    Int8StaticActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
     MXDynamicActivationMXWeightConfig,
@@ -46,6 +55,8 @@ from llmquant.primitives.granularity import (
 
 ASYM = MappingType.ASYMMETRIC
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+S8, S8_ASYM = Activation(ALL_TOKENS, static=True), Activation(ALL_TOKENS, True, static=True)
+SF8 = Activation(ALL_TOKENS, dtype=FLOAT8, static=True)
 
 
 @st.composite
@@ -61,6 +72,7 @@ def configs(draw: st.DrawFn) -> QuantConfig:
     inputs = st.sampled_from([0, 1, 32, 48, 4096])
     int8 = st.builds(Activation, inputs, st.booleans())
     float8 = st.builds(Activation, st.one_of(inputs, st.just(ALL_TOKENS)), st.just(False), st.just(FLOAT8))
+    static = st.sampled_from([S8, S8_ASYM, SF8])
     mx = st.builds(
         Activation,
         *(st.just(32), st.just(False), st.sampled_from([name for name, row in FORMATS.items() if row.scale_rules])),
@@ -73,12 +85,16 @@ def configs(draw: st.DrawFn) -> QuantConfig:
         draw(st.sampled_from(list(MappingType) if row.asymmetric else [MappingType.SYMMETRIC])),
         draw(st.sampled_from([None, *(row.scale_dtypes or SCALE_DTYPES.values())])),
         draw(st.sampled_from([None, *row.algorithms])),
-        draw(st.one_of(st.none(), int8, float8, mx, nvfp4)),
+        draw(st.one_of(st.none(), int8, float8, static, mx, nvfp4)),
     )
 
 
 def a8(activation: Activation, *weight: Any) -> DynamicActivationConfig:
     return DynamicActivationConfig(*weight, activation=activation)
+
+
+def s8(activation: Activation, *weight: Any) -> StaticActivationConfig:
+    return StaticActivationConfig(*weight, activation=activation)
 
 
 # --- the grammar ------------------------------------------------------------------------------------------
@@ -122,6 +138,13 @@ GRAMMAR = [
     ("f8-g128-float8-b128", a8(Activation(128, dtype=FLOAT8), "float8", PerBlock((128, 128)))),
     ("f8-int4-g32-asym", a8(Activation(0, dtype=FLOAT8), "int4", PerGroup(32), ASYM)),
     ("a8-g1-asym-float8-e5m2", a8(Activation(1, True), "float8-e5m2")),
+    ("s8-int8", s8(S8, "int8")),
+    ("s8-sym-int8-tensor", s8(S8, "int8", PerTensor())),
+    ("s8-tensor-int8", s8(S8, "int8")),
+    ("s8-asym-int8-row", s8(S8_ASYM, "int8")),
+    ("s8-asym-int4-g32-asym", s8(S8_ASYM, "int4", PerGroup(32), ASYM)),
+    ("sf8-float8", s8(SF8, "float8")),
+    ("sf8-float8-tensor", s8(SF8, "float8", PerTensor())),
     ("mxfp8-mxfp8", a8(Activation(32, dtype="mxfp8"), "mxfp8")),
     ("mxfp8-floor-mxfp8", a8(Activation(32, dtype="mxfp8", scale_rule="floor"), "mxfp8")),
     ("mxfp8-rceil-mxfp8", a8(Activation(32, dtype="mxfp8", scale_rule="rceil"), "mxfp8")),
@@ -253,6 +276,12 @@ def test_what_search_and_scale_rule_mean() -> None:
         (Int8DynamicActivationInt8WeightConfig(), "a8-token-int8"),
         (Int8DynamicActivationInt8WeightConfig(act_mapping_type=ASYM), "a8-token-asym-int8"),
         (Int8DynamicActivationInt8WeightConfig(PerGroup(32), PerTokenGroup(32), ASYM, ASYM), "a8-asym-int8-g32-asym"),
+        (StaticActivationConfig("int5"), "s8-int5"),
+        (Int8StaticActivationInt8WeightConfig(), "s8-int8"),
+        (Int8StaticActivationInt8WeightConfig(PerTensor(), act_mapping_type=ASYM), "s8-asym-int8-tensor"),
+        (Int8StaticActivationInt8WeightConfig(PerGroup(32), PerTensor(), mapping_type=ASYM), "s8-int8-g32-asym"),
+        (Float8StaticActivationFloat8WeightConfig(), "sf8-float8"),
+        (Float8StaticActivationFloat8WeightConfig(PerTensor(), E5M2), "sf8-float8-e5m2-tensor"),
         (Float8DynamicActivationFloat8WeightConfig(), "f8-float8"),
         (Float8DynamicActivationFloat8WeightConfig(PerRow(), E5M2), "f8-float8-e5m2"),
         (Float8DynamicActivationFloat8WeightConfig(PerTensor()), "f8-tensor-float8-tensor"),
@@ -332,6 +361,10 @@ def test_another_algorithm() -> None:
             {"format": "int4", "activation": {"dtype": "float8_e4m3fn", "group": -1, "asymmetric": False}},
             "f8-tensor-int4",
         ),
+        (
+            {"format": "int8", "activation": {"dtype": "int8", "group": -1, "asymmetric": True, "static": True}},
+            "s8-asym-int8",
+        ),
         ({"format": "float8", "granularity": "block-128"}, "float8-b128"),
         ({"format": "float8", "granularity": "block-64x128"}, "float8-b64x128"),
         ({"format": "int4", "activation": None}, "int4"),
@@ -353,6 +386,11 @@ def test_none_is_none() -> None:
 
 BAD_SCHEMES = {
     "": "unknown scheme",
+    "s8": "s8 by -sym or -asym",
+    "s8-token-int8": "one scale for all inputs",
+    "s8-g32-int8": "one scale for all inputs",
+    "sf8-asym-float8": "symmetric only",
+    "sf8-float9": "float8",
     "itn4": "int4",
     "int9": "int8",
     "int": "int",

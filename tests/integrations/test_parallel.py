@@ -32,6 +32,7 @@ NEAR = {
     "int8-tensor": 1e-5,
     "mxfp4": 1e-5,
     "nvfp4": 1e-5,
+    "nf4": 1e-5,
     "a8-int4-g32": 0.02,
     "a8-token-int8": 0.05,
 }
@@ -220,7 +221,7 @@ def test_tensor_parallel_has_parts_of_the_whole_and_its_logits(
     assert_parts_of(model, found)
     assert {p.dim % 2 for p in found[0]["placements"].values()} == {0, 1}
     total = sum(w.nbytes for _, w in weights(model))
-    assert total <= found[0]["bytes"] + found[1]["bytes"] < 1.02 * total  # scales of rows in parts are on both
+    assert total <= found[0]["bytes"] + found[1]["bytes"] < 1.03 * total  # scales of rows in parts are on both
     assert torch.equal(found[0]["logits"], found[1]["logits"])
     assert distance(found[0]["logits"], logits(model)) < NEAR[scheme]
 

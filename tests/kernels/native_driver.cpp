@@ -18,7 +18,8 @@
 
 extern "C" {
 const char* llmquant_kernels(int32_t, int32_t*);
-void llmquant_linear(int32_t, const Matrix*, const void*, int32_t, int64_t, const void*, int32_t, int32_t, int64_t, void*);
+void llmquant_linear(int32_t, const Matrix*, const void*, int32_t, int64_t, const void*, int32_t, int32_t, int64_t, const float*,
+                     const int8_t*, void*);
 int64_t llmquant_rows(int32_t, const Matrix*, const int64_t*, int64_t, int32_t, void*);
 uint64_t llmquant_read(const uint64_t*, int64_t);
 }
@@ -60,8 +61,9 @@ double value_at(const Matrix& w, int64_t row, int64_t k) {
     return (code - zero) * scale;
 }
 
-// The rule of primitives/dynamic.py: what the activations become.
-std::vector<double> dynamic(const std::vector<float>& x, int64_t columns, int32_t activation, int64_t group) {
+// The rule of primitives/dynamic.py: what the activations become, with a scale of their own or one chosen before.
+std::vector<double> quantized(const std::vector<float>& x, int64_t columns, int32_t activation, int64_t group,
+                              const float* fixed_scale, const int8_t* fixed_zero) {
     std::vector<double> out(x.begin(), x.end());
     if (activation == PLAIN) return out;
     for (size_t token = 0; token < x.size(); token += columns)
@@ -70,10 +72,11 @@ std::vector<double> dynamic(const std::vector<float>& x, int64_t columns, int32_
             float low = 0, high = 0;
             for (int64_t k = start; k < stop; ++k) low = std::min(low, x[token + k]), high = std::max(high, x[token + k]);
             const bool even = activation == SYMMETRIC;
-            const float scale = even ? std::max(high, -low) / 127.f : (high - low) / 255.f, safe = scale > 0 ? scale : 1.f;
+            const float own = even ? std::max(high, -low) / 127.f : (high - low) / 255.f;
+            const float scale = fixed_scale ? *fixed_scale : own, safe = scale > 0 ? scale : 1.f;
             const float bottom = even ? -127.f : -128.f;
             const auto clamp = [bottom](float v) { return std::min(std::max(v, bottom), 127.f); };
-            const float zero = even ? 0.f : clamp(std::nearbyint(-128.f - low / safe));
+            const float zero = even ? 0.f : fixed_scale ? *fixed_zero : clamp(std::nearbyint(-128.f - low / safe));
             for (int64_t k = start; k < stop; ++k)
                 out[token + k] = (clamp(std::nearbyint(x[token + k] / safe) + zero) - zero) * double(scale);
         }
@@ -122,7 +125,7 @@ bool run_case(const std::vector<std::string>& names, const std::vector<int32_t>&
     w.zero_point = zeros ? points.data : nullptr;
     w.table = table ? reinterpret_cast<const float*>(values.data) : nullptr;
 
-    const int64_t count = pick(0, big ? 70 : 20), groups_of[] = {32, 128, w.columns, pick(1, w.columns)}, group = groups_of[pick(0, 3)];
+    const int64_t count = pick(0, big ? 70 : 20), groups_of[] = {32, 128, w.columns, pick(1, w.columns)};
     const int32_t type = static_cast<int32_t>(pick(0, 2)), activation = table ? 0 : static_cast<int32_t>(pick(0, 2));
     const int32_t bias_type = static_cast<int32_t>(pick(0, 2));
     const bool biased = pick(0, 1);
@@ -134,7 +137,14 @@ bool run_case(const std::vector<std::string>& names, const std::vector<int32_t>&
         inputs[i] = load_float(x.data, i, type);
     }
     for (int64_t i = 0; i < w.rows; ++i) store_float(bias.data, i, bias_type, normal());
-    const std::vector<double> seen = dynamic(inputs, w.columns, activation, group);
+    Guarded fixed_scale(sizeof(float)), fixed_zero(1);  // most inputs fit, some lie far outside
+    const bool fixed = activation != PLAIN && pick(0, 2) == 0;
+    store_float(fixed_scale.data, 0, FLOAT_F32, std::ldexp(0.02f, static_cast<int>(pick(0, 1)) * -40));
+    *fixed_zero.data = static_cast<uint8_t>(pick(-128, 127));
+    const float* chosen_scale = fixed ? reinterpret_cast<const float*>(fixed_scale.data) : nullptr;
+    const int8_t* chosen_zero = fixed && activation == ASYMMETRIC ? reinterpret_cast<const int8_t*>(fixed_zero.data) : nullptr;
+    const int64_t group = fixed ? w.columns : groups_of[pick(0, 3)];
+    const std::vector<double> seen = quantized(inputs, w.columns, activation, group, chosen_scale, chosen_zero);
     std::vector<double> weights(w.rows * w.columns);
     for (int64_t i = 0; i < w.rows * w.columns; ++i) weights[i] = value_at(w, i / w.columns, i % w.columns);
 
@@ -148,7 +158,8 @@ bool run_case(const std::vector<std::string>& names, const std::vector<int32_t>&
                       (long long)count, type, activation, (long long)group);
         at.text = text;
         Guarded out(count * w.rows * float_bytes(type)), decoded(w.rows * w.columns * float_bytes(type));
-        llmquant_linear(which[n], &w, x.data, type, count, biased ? bias.data : nullptr, bias_type, activation, group, out.data);
+        llmquant_linear(which[n], &w, x.data, type, count, biased ? bias.data : nullptr, bias_type, activation, group,
+                        chosen_scale, chosen_zero, out.data);
         // Sums in float32, rounded to the output's type; tiles take weights and decoded activations as bfloat16 where the
         // inputs are, and half inputs in fixed point are 14 bits long at least.
         const double sums = type == FLOAT_F32 ? 1e-6 : names[n] == "amx" && type == FLOAT_BF16 ? 6e-3 : 2e-5;

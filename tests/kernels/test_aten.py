@@ -20,7 +20,15 @@ from llmquant.kernels import aten, ops, reference, registry
 from llmquant.kernels.packed import Packed
 from llmquant.kernels.triton import TRITON, Triton
 from llmquant.packing.bits import unpack
-from llmquant.primitives.dynamic import ALL_TOKENS, FLOAT8, INT8, Activation, dequantize_activation, quantize_activation
+from llmquant.primitives.dynamic import (
+    ALL_TOKENS,
+    FLOAT8,
+    INT8,
+    Activation,
+    StaticScale,
+    dequantize_activation,
+    quantize_activation,
+)
 from llmquant.primitives.metrics import compute_error
 
 ROWS, COLUMNS = 48, 256
@@ -233,6 +241,25 @@ def test_what_float8_does_not_take_goes_on(monkeypatch: pytest.MonkeyPatch) -> N
     for given, other, activation in others:
         found = aten.linear_float8(given, other, activation, None)
         assert torch.equal(found, reference.linear_float8(given, other, activation, None))
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_inputs_may_share_a_scale_that_was_chosen_before(tokens: int) -> None:
+    x = torch.randn(tokens, COLUMNS, dtype=BFLOAT16)
+    x[0, 5] = 1e4  # far beyond it
+    scale, zero_point = torch.tensor([[0.02]]), torch.tensor([[-31]], dtype=torch.int8)
+    for dtype, scheme, static in (
+        (INT8, "int8-row", StaticScale(scale)),
+        (INT8, "int8-row", StaticScale(scale, zero_point)),
+        (FLOAT8, "float8-row", StaticScale(scale)),
+        (FLOAT8, "float8-tensor", StaticScale(scale)),
+    ):
+        weight, activation = packed(scheme), Activation(ALL_TOKENS, static.zero_point is not None, dtype, static=True)
+        found, wanted = (
+            (b.linear_int8 if dtype == INT8 else b.linear_float8)(x, weight, activation, None, static)
+            for b in (aten, reference)
+        )
+        assert sqnr(wanted, found) > 48
 
 
 # --- tensors that say they lie on a card -----------------------------------------------------------------------

@@ -15,7 +15,7 @@ from llmquant.kernels import cpu, ops
 from llmquant.kernels.cpu import chain
 from llmquant.kernels.cpu.chain import Chain
 from llmquant.kernels.packed import Packed
-from llmquant.primitives.dynamic import Activation
+from llmquant.primitives.dynamic import ALL_TOKENS, Activation, StaticScale
 
 MISSING = cpu.BACKENDS["avx512_vnni"].missing
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -149,6 +149,20 @@ def test_products_are_those_of_the_operators(scheme: str, activation: Activation
             assert_same_bits(found, linear(x, weight, bias, activation))
             done += 1
     assert done >= 2 * len(TOKENS) * (len(WIDTHS) - 2)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@every_dtype
+@pytest.mark.usefixtures("threads")
+def test_products_with_static_scales_are_those_of_the_operators(asymmetric: bool, dtype: torch.dtype) -> None:
+    activation = Activation(ALL_TOKENS, asymmetric, static=True)
+    static = StaticScale(torch.tensor([[0.03]]), torch.tensor([[9]], dtype=torch.int8) if asymmetric else None)
+    for width, tokens in product((64, 576), TOKENS):
+        weight, made, x = weight_of("int8-row", width), Chain(tokens, dtype), wide(dtype, tokens, width)
+        assert chain.refusal(weight, activation) is None
+        found = made.linear(x, weight, None, activation, static)
+        made.run()
+        assert_same_bits(found, ops.linear_int8(x, weight, activation, None, static))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -15,13 +15,15 @@ OPERATORS = {
     "int4-g32": torch.ops.llmquant.linear.default,
     "int3-g16-asym": torch.ops.llmquant.linear.default,
     "float8-row": torch.ops.llmquant.linear.default,
-    "f8-float8": torch.ops.llmquant.linear.default,
+    "f8-float8": torch.ops.llmquant.linear_float8.default,
+    "s8-asym-int8": torch.ops.llmquant.linear_int8_static.default,
+    "sf8-float8": torch.ops.llmquant.linear_float8_static.default,
     "nvfp4": torch.ops.llmquant.linear.default,
     "a8-int4-g32": torch.ops.llmquant.linear_int8.default,
     "a8-token-asym-int8-g32-asym": torch.ops.llmquant.linear_int8.default,
 }
 every_scheme = pytest.mark.parametrize("scheme", OPERATORS)
-CODECS = (torch.ops.llmquant.linear.default, torch.ops.llmquant.linear_int8.default)
+CODECS = set(OPERATORS.values())
 ROWS = torch.export.Dim("rows", min=1, max=64)
 
 

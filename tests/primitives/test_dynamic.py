@@ -19,11 +19,14 @@ from llmquant.errors import ConfigError
 from llmquant.primitives.dynamic import (
     ALL_TOKENS,
     FLOAT8,
+    INT8,
     Activation,
     DynamicCodes,
+    StaticScale,
     dequantize_activation,
     fake_quantize,
     quantize_activation,
+    static_scale,
 )
 from llmquant.primitives.granularity import MappingType, PerGroup, PerRow, PerTensor, PerToken, PerTokenGroup
 
@@ -331,6 +334,87 @@ def test_json_of_earlier_versions_is_read() -> None:
     assert Activation.from_dict({"dtype": "int8", "group": 64, "asymmetric": True}) == Activation(64, True)
 
 
+# --- static scales ----------------------------------------------------------------------------------------
+
+STATIC = [Activation(ALL_TOKENS, False, INT8, static=True), Activation(ALL_TOKENS, True, INT8, static=True)]
+STATIC.append(Activation(ALL_TOKENS, False, FLOAT8, static=True))
+every_static = pytest.mark.parametrize("activation", STATIC, ids=lambda a: a.scheme)
+
+
+def scale_of(x: Tensor, activation: Activation) -> StaticScale:
+    return static_scale(x.min(), x.max(), activation)
+
+
+def test_a_static_scale_is_the_largest_magnitude_by_the_largest_code() -> None:
+    x = torch.randn(50, 20) * 3 + 1
+    for activation, levels in ((STATIC[0], 127), (STATIC[2], 448)):
+        found = scale_of(x, activation)
+        assert torch.equal(found.scale, x.abs().max() / levels) and found.zero_point is None
+    found = scale_of(x, STATIC[1])
+    assert torch.equal(found.scale, (x.max() - x.min()) / 255)
+    assert found.zero_point.dtype == torch.int8
+    assert int(found.zero_point) == round(float(-128 - x.min() / found.scale))
+
+
+@every_static
+def test_a_static_range_always_holds_zero(activation: Activation) -> None:
+    for low, high in ((2.0, 3.0), (-3.0, -2.0)):
+        static = static_scale(torch.tensor(low), torch.tensor(high), activation)
+        meant = fake_quantize(torch.tensor([0.0, low, high]), activation, static)
+        assert meant[0] == 0 and torch.all((meant[1:] - torch.tensor([low, high])).abs() < 0.1)
+
+
+@every_static
+def test_on_the_tokens_it_was_made_from_it_is_the_dynamic_rule(activation: Activation) -> None:
+    """Of one token: its own range is the range of all."""
+    x = torch.randn(1, 300)
+    static = quantize_activation(x, activation, scale_of(x, activation))
+    dynamic = quantize_activation(x, Activation(0, activation.asymmetric, activation.dtype))
+    assert torch.equal(static.codes.float(), dynamic.codes.float()) and torch.equal(static.scale, dynamic.scale)
+    assert torch.equal(fake_quantize(x, activation, scale_of(x, activation)), dequantize_activation(dynamic, STATIC[0]))
+
+
+@every_static
+def test_what_lies_beyond_a_static_scale_saturates(activation: Activation) -> None:
+    x = torch.tensor([[-1.0, 2.0], [1e30, -1e30], [TOP, -TOP]])
+    static = scale_of(x[:1], activation)
+    meant = fake_quantize(x, activation, static)
+    ends = torch.tensor([2.0, -1.0 if activation.asymmetric else -2.0])
+    assert torch.allclose(meant[1], ends, atol=0.01) and torch.equal(meant[1], meant[2])
+
+
+@every_static
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_token_that_is_not_finite_is_nan_under_a_static_scale_and_no_other(
+    activation: Activation, bad: float
+) -> None:
+    x = torch.randn(3, 70)
+    static = scale_of(x, activation)
+    clean = fake_quantize(x, activation, static)
+    x[1, 40] = bad
+    found = fake_quantize(x, activation, static)
+    assert found[1].isnan().all() and torch.equal(found[[0, 2]], clean[[0, 2]])
+    codes = quantize_activation(x, activation, static)
+    assert torch.all(codes.codes[1].float() == 0) and codes.scale.shape == (3, 1)
+
+
+@every_static
+def test_a_static_scale_has_one_shape_for_every_input(activation: Activation) -> None:
+    x = torch.randn(2, 3, 33)
+    static = scale_of(x, activation)
+    for part in (x, x[0], x[0, 0], x[:0]):
+        found = fake_quantize(part.bfloat16(), activation, static)
+        assert found.dtype == torch.bfloat16 and found.shape == part.shape
+    assert torch.equal(fake_quantize(x, activation, static)[1, 2], fake_quantize(x[1, 2], activation, static))
+
+
+def test_schemes_of_static_activations() -> None:
+    assert [a.scheme for a in STATIC] == ["s8", "s8-asym", "sf8"]
+    assert [Activation.from_dict(a.to_dict()) for a in STATIC] == STATIC
+    assert "static" not in Activation(0).to_dict()
+    assert Activation.of(PerTensor(), MappingType.ASYMMETRIC, static=True) == STATIC[1]
+
+
 def test_schemes_of_float8() -> None:
     assert [a.scheme for a in FLOAT8_ACTIVATIONS[:4]] == ["f8", "f8-tensor", "f8-g1", "f8-g7"]
 
@@ -348,6 +432,8 @@ def test_granularities() -> None:
 
 
 BAD: dict[str, Any] = {
+    "static groups": lambda: Activation(32, static=True),
+    "static tokens": lambda: Activation.of(PerToken(), static=True),
     "negative": lambda: Activation(-2, dtype=FLOAT8),
     "int8 for all tokens": lambda: Activation(ALL_TOKENS),
     "unknown dtype": lambda: Activation(0, dtype="float8_e5m2"),

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cases import CASES, DTYPES, Case
+from cases import CASES, DTYPES, STATIC, Case
 from layouts import COLUMNS, EXPERTS, LAYOUTS, ROWS, Layout
 
 from llmquant.errors import UnsupportedOpError
@@ -66,8 +66,8 @@ class At:
 
     @property
     def one_matrix_scale(self) -> bool:
-        """Whether a whole matrix shares a second scale."""
-        return self.case.format.tensor_scale
+        """Whether a whole matrix shares a second scale, or one of its inputs."""
+        return self.case.format.tensor_scale or self.case in STATIC
 
     @property
     def packed_together(self) -> int:
@@ -419,10 +419,13 @@ PICKS: dict[str, Operation] = {
     "cat": Operation(
         lambda t, at: torch.cat([t, at.like(t)], at.r),
         refused=lambda at: ROWS % at.block[0] != 0 or at.one_matrix_scale,
-        named="cat|tensor_scale",
+        named="cat|tensor_scale|act_scale",
     ),
     "cat to itself": Operation(lambda t, at: torch.cat([t, t], at.r), refused=lambda at: ROWS % at.block[0] != 0),
-    "cat columns": Operation(lambda t, at: torch.cat([t, at.like(t)], at.c), refused=_ends_in_a_block),
+    "cat columns": Operation(
+        lambda t, at: torch.cat([t, at.like(t)], at.c),
+        refused=lambda at: _ends_in_a_block(at) or at.one_matrix_scale,
+    ),
     "cat of split columns": Operation(
         lambda t, at: torch.cat(t.split(32, at.c), at.c),
         refused=lambda at: at.block[1] >= COLUMNS or 32 % at.block[1] != 0,  # parts do not know that they share a scale
@@ -575,27 +578,33 @@ WRITES: dict[str, Operation] = {
         _write(lambda t, at: t.narrow(at.r, 2, 2)),
         on=_sliceable,
         refused=_part_shares,
-        named="copy_|slice|tensor_scale",
+        named="copy_|slice|tensor_scale|act_scale",
     ),
     "copy_ to every second row": Operation(
         _write(lambda t, at: torch.ops.aten.slice(t, at.r, 0, 6, 2)),
         on=_sliceable,
         refused=lambda at: shares_rows(at) or at.one_matrix_scale,
-        named="copy_|slice|tensor_scale",
+        named="copy_|slice|tensor_scale|act_scale",
     ),
     "copy_ to columns": Operation(
-        _write(lambda t, at: t.narrow(at.c, 32, 32)), refused=_columns_share(32, 64), named="copy_|slice|tensor_scale"
+        _write(lambda t, at: t.narrow(at.c, 32, 32)),
+        refused=_columns_share(32, 64),
+        named="copy_|slice|tensor_scale|act_scale",
     ),
     "copy_ to columns inside blocks": Operation(
-        _write(lambda t, at: t.narrow(at.c, 0, 37)), refused=_columns_share(0, 37), named="copy_|slice|tensor_scale"
+        _write(lambda t, at: t.narrow(at.c, 0, 37)),
+        refused=_columns_share(0, 37),
+        named="copy_|slice|tensor_scale|act_scale",
     ),
     "copy_ to the last columns": Operation(
-        _write(lambda t, at: t.narrow(at.c, 64, 6)), refused=_columns_share(64, 70), named="copy_|slice|tensor_scale"
+        _write(lambda t, at: t.narrow(at.c, 64, 6)),
+        refused=_columns_share(64, 70),
+        named="copy_|slice|tensor_scale|act_scale",
     ),
     "copy_ to a slice of a part": Operation(
         _write(lambda t, at: t.narrow(at.c, 0, 37).mT.detach()),
         refused=_columns_share(0, 37),
-        named="copy_|slice|tensor_scale",
+        named="copy_|slice|tensor_scale|act_scale",
     ),
     "copy_ to all columns": Operation(_write(lambda t, at: t.narrow(at.c, 0, 70).narrow(at.r, 0, 6))),
     "copy_ to an expert": Operation(_write(lambda t, at: t[1]), on=experts),
@@ -608,7 +617,7 @@ WRITES: dict[str, Operation] = {
         lambda t, at: t.__setitem__(slice(2, 4), at.like(t, lambda other: other[2:4])),
         on=lambda at: straight_matrices(at) and _sliceable(at),
         refused=_part_shares,
-        named="copy_|slice|tensor_scale",
+        named="copy_|slice|tensor_scale|act_scale",
     ),
     "assignment of an expert": Operation(
         lambda t, at: t.__setitem__(1, at.like(t, lambda other: other[0])), on=experts
@@ -795,7 +804,16 @@ TABLE: dict[str, Operation] = {**PRODUCTS, **SHAPES, **PICKS, **COPIES, **WRITES
 @cache
 def places(format_name: str) -> tuple[At, ...]:
     """Every granularity, mapping and layout of a format; dtypes and modes take turns."""
-    cases = [case for case in CASES if case.format.name == format_name]
+    return _taking_turns([case for case in CASES if case.format.name == format_name])
+
+
+@cache
+def static_places() -> tuple[At, ...]:
+    """The same of weights that bring along the scales of their inputs."""
+    return _taking_turns(STATIC)
+
+
+def _taking_turns(cases: list[Case]) -> tuple[At, ...]:
     turns = [(case, layout) for case in cases for layout in LAYOUTS]
     return tuple(
         At(layout, case, DTYPES[i % len(DTYPES)], MODES[(i + i // len(DTYPES)) % len(MODES)])

@@ -12,7 +12,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from cases import CASES, Case
 from layouts import LAYOUTS
-from matrix import Operation, cell, places, run, summary
+from matrix import Operation, cell, places, run, static_places, summary
 from torch import Tensor, nn
 
 from llmquant.errors import UnsupportedOpError
@@ -34,6 +34,14 @@ def counts(request: pytest.FixtureRequest) -> Iterator[dict[str, Counter[str]]]:
 @pytest.mark.parametrize("name", matrix.TABLE)
 def test_every_cell_is_right_or_refused_by_name(name: str, format_name: str, counts: dict[str, Counter[str]]) -> None:
     counts.setdefault(format_name, Counter()).update(run(name, format_name))
+
+
+@pytest.mark.parametrize("name", [name for name, row in matrix.TABLE.items() if row.gives != "products"])
+def test_scales_of_inputs_go_where_their_weight_goes(name: str) -> None:
+    """Products with them are another matter: see test_static.py."""
+    for at in static_places():
+        if matrix.TABLE[name].on(at):
+            cell(name, at)
 
 
 def test_the_table_is_met_by_every_layout_dtype_and_mode() -> None:

@@ -14,7 +14,13 @@ from llmquant.errors import ConfigError
 from llmquant.formats import get_format
 from llmquant.kernels.cpu import library
 from llmquant.kernels.packed import Packed
-from llmquant.primitives.dynamic import Activation, dequantize_activation, fake_quantize, quantize_activation
+from llmquant.primitives.dynamic import (
+    Activation,
+    StaticScale,
+    dequantize_activation,
+    fake_quantize,
+    quantize_activation,
+)
 from llmquant.primitives.spec import QParams
 
 _PANEL_ELEMENTS = 2**20
@@ -121,7 +127,15 @@ class Native:
             return False
         return group % step == 0 or group >= weight.columns
 
-    def _linear(self, x: Tensor, weight: Packed, bias: Tensor | None, activation: int, group: int) -> Tensor:
+    def _linear(
+        self,
+        x: Tensor,
+        weight: Packed,
+        bias: Tensor | None,
+        activation: int,
+        group: int,
+        static: StaticScale | None = None,
+    ) -> Tensor:
         types = library.FLOAT_TYPES
         if not x.is_contiguous():
             x = x.contiguous()
@@ -146,24 +160,31 @@ class Native:
             bias_type,
             activation,
             group,
+            None if static is None else static.scale.data_ptr(),
+            None if static is None or static.zero_point is None else static.zero_point.data_ptr(),
             out.data_ptr(),
         )
         return out
 
-    def linear_int8(self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
+    def linear_int8(
+        self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None, static: StaticScale | None = None
+    ) -> Tensor:
         """The same with x in int8 codes (see `primitives.dynamic`): integer products, float32 scaling.
 
         Tiles (many bfloat16 inputs) take code x scale and the weights as the nearest bfloat16. Codes of float8 weights
         are no integers: they meet what the activation's codes stand for.
         """
         if get_format(weight.format).storage == "scaled" or x.dtype not in library.FLOAT_TYPES:
-            seen = dequantize_activation(quantize_activation(x, activation), activation)
+            seen = dequantize_activation(quantize_activation(x, activation, static), activation)
             return self.linear(seen, weight, bias).to(x.dtype)
-        return self._linear(x, weight, bias, 2 if activation.asymmetric else 1, activation.width(weight.columns))
+        kind, group = 2 if activation.asymmetric else 1, activation.width(weight.columns)
+        return self._linear(x, weight, bias, kind, group, static)
 
-    def linear_float8(self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
+    def linear_float8(
+        self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None, static: StaticScale | None = None
+    ) -> Tensor:
         """The same with x as its float8 codes stand for it, in x's dtype."""
-        return self.linear(fake_quantize(x, activation), weight, bias)
+        return self.linear(fake_quantize(x, activation, static), weight, bias)
 
     def embedding(self, indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
         """indices [...] int -> rows of the table, [..., K] in `dtype`."""

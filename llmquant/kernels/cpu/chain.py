@@ -18,7 +18,7 @@ from torch import Tensor
 from llmquant.kernels import registry
 from llmquant.kernels.cpu import library, matrix_of
 from llmquant.kernels.packed import Packed
-from llmquant.primitives.dynamic import INT8, Activation
+from llmquant.primitives.dynamic import INT8, Activation, StaticScale
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDEST_HEAD = 256
@@ -49,6 +49,8 @@ class _Step(ctypes.Structure):
         ("length", c_int64),
         ("room", c_int64),
         ("logsumexp", c_void_p),
+        ("fixed_scale", c_void_p),
+        ("fixed_zero_point", c_void_p),
     )
 
 
@@ -90,14 +92,23 @@ class Chain:
         self._kept: list[object] = []
         self._made: ctypes.Array[_Step] | None = None
 
-    def linear(self, x: Tensor | None, weight: Packed, bias: Tensor | None, activation: Activation | None) -> Tensor:
+    def linear(
+        self,
+        x: Tensor | None,
+        weight: Packed,
+        bias: Tensor | None,
+        activation: Activation | None,
+        static: StaticScale | None = None,
+    ) -> Tensor:
         """x [tokens, K] (None: given at every run) -> [tokens, N]."""
         out = torch.empty(self.tokens, weight.rows, dtype=self.dtype)
         kind = 0 if activation is None else 2 if activation.asymmetric else 1
         group = weight.columns if activation is None else activation.width(weight.columns)
         matrix = matrix_of(weight)
-        self._kept.append(matrix)
-        self._add(0, x=x, y=bias, out=out, weight=matrix.address, activation=kind, group=group)
+        self._kept += [matrix, static]
+        addresses = (None if t is None else t.data_ptr() for t in static or (None, None))
+        fixed = dict(zip(("fixed_scale", "fixed_zero_point"), addresses, strict=True))
+        self._add(0, x=x, y=bias, out=out, weight=matrix.address, activation=kind, group=group, **fixed)
         return out
 
     def add_(self, x: Tensor, y: Tensor) -> None:

@@ -19,6 +19,7 @@ from llmquant.kernels import reference
 from llmquant.kernels.packed import Packed
 from llmquant.primitives.dynamic import (
     Activation,
+    StaticScale,
     dequantize_activation,
     fake_quantize,
     quantize_activation,
@@ -69,14 +70,18 @@ class Triton:
                 _launch(tokens, weight, bias, out)
         return out
 
-    def linear_int8(self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
+    def linear_int8(
+        self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None, static: StaticScale | None = None
+    ) -> Tensor:
         """The same with x as its int8 codes stand for it, in float32."""
-        seen = dequantize_activation(quantize_activation(x, activation), activation)
+        seen = dequantize_activation(quantize_activation(x, activation, static), activation)
         return self.linear(seen, weight, bias).to(x.dtype)
 
-    def linear_float8(self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
+    def linear_float8(
+        self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None, static: StaticScale | None = None
+    ) -> Tensor:
         """The same with x as its float8 codes stand for it, in x's dtype."""
-        return self.linear(fake_quantize(x, activation), weight, bias)
+        return self.linear(fake_quantize(x, activation, static), weight, bias)
 
     def matmul(self, x: Tensor, weight: Packed) -> Tensor:
         """x [..., N] -> x @ weight, [..., K] in x's dtype."""

@@ -18,15 +18,14 @@ inline float quantize_inputs(const Inputs& in, int64_t at, int64_t count, int16_
         poison += value * 0.f;
     }
     const bool symmetric = in.activation == SYMMETRIC;
-    const float largest = high > -low ? high : -low;
-    const float scale = symmetric ? largest / 127.f : (high - low) / 255.f, safe = scale > 0 ? scale : 1.f;
+    const float scale = activation_scale(in, low, high), safe = scale > 0 ? scale : 1.f;
     const int bottom = symmetric ? -127 : -128;
     const auto clamp = [bottom](float value) { return value < bottom ? bottom : value > 127 ? 127 : static_cast<int>(value); };
     if (poison != 0 || !(scale <= std::numeric_limits<float>::max())) {
         for (int64_t i = 0; i < count; ++i) codes[i] = 0;
         return std::numeric_limits<float>::quiet_NaN();
     }
-    const int zero = symmetric ? 0 : clamp(std::nearbyint(-128.f - low / safe));
+    const int zero = symmetric ? 0 : in.fixed.zero_point ? *in.fixed.zero_point : clamp(std::nearbyint(-128.f - low / safe));
     for (int64_t i = 0; i < count; ++i)
         codes[i] = static_cast<int16_t>(clamp(std::nearbyint(load_float(in.x, at + i, in.type) / safe) + zero) - zero);
     return scale;

@@ -55,7 +55,7 @@ TARGET inline uint32_t largest_magnitude(__m512i magnitudes) {
     return static_cast<uint16_t>(~_mm_cvtsi128_si32(least));
 }
 
-// Quotients rounded to integers as `nearest_quotients` has them, for two vectors of numbers at most 127 divisors large.
+// Symmetric codes of two vectors: quotients rounded as `nearest_quotients` has them, at most 127.
 TILES inline void round_quotients(__m512 x[2], const Divisor& by) {
     const __m512 middle = _mm512_set1_ps(0x1.8p23f);  // a sum with it has no bits below 1
     const __m512 q[2] = {_mm512_mul_ps(x[0], by.inverse), _mm512_mul_ps(x[1], by.inverse)};
@@ -66,12 +66,16 @@ TILES inline void round_quotients(__m512 x[2], const Divisor& by) {
     }
     const bool sure =
         _mm512_cmp_ps_mask(_mm512_max_ps(off[0], off[1]), _mm512_set1_ps(SURE), _CMP_LT_OQ) == 0xffff;
-    for (int i = 0; i < 2; ++i)
-        x[i] = sure ? near[i] : _mm512_roundscale_ps(_mm512_div_ps(x[i], by.value), _MM_FROUND_TO_NEAREST_INT);
+    const __m512 top = _mm512_set1_ps(127.f), bottom = _mm512_set1_ps(-127.f);
+    for (int i = 0; i < 2; ++i) {
+        if (!sure) near[i] = _mm512_roundscale_ps(_mm512_div_ps(x[i], by.value), _MM_FROUND_TO_NEAREST_INT);
+        x[i] = _mm512_max_ps(_mm512_min_ps(near[i], top), bottom);
+    }
 }
 
 // `quantize_group` of symmetric bfloat16 inputs, decoded again and rounded to bfloat16.
-TILES void decode_symmetric(const uint16_t* x, int64_t count, uint16_t* out) {
+TILES void decode_symmetric(const Inputs& in, int64_t at, int64_t count, uint16_t* out) {
+    const uint16_t* x = static_cast<const uint16_t*>(in.x) + at;
     const __m512i magnitude = _mm512_set1_epi16(0x7fff), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
     const __m512i in_turn = _mm512_load_si512(IN_TURN);
     __m512i largest = _mm512_setzero_si512();
@@ -80,7 +84,8 @@ TILES void decode_symmetric(const uint16_t* x, int64_t count, uint16_t* out) {
         largest = _mm512_max_epu16(largest, _mm512_and_si512(load_bfloats(x + k, count - k), magnitude));
     }
     const uint32_t top = largest_magnitude(largest);
-    const float scale = top < 0x7f80 ? float_of(top << 16) / 127.f : std::numeric_limits<float>::quiet_NaN();
+    const bool finite = top < 0x7f80;
+    const float scale = finite ? activation_scale(in, 0.f, float_of(top << 16)) : std::numeric_limits<float>::quiet_NaN();
     const Divisor divisor = make_divisor(scale > 0 ? scale : 1.f);
     const __m512 factor = _mm512_set1_ps(scale);
     for (int64_t k = 0; k < count; k += WIDTH) {
@@ -101,7 +106,7 @@ TILES void decode_activations(const Inputs& in, int64_t token, int64_t columns, 
     for (int64_t start = 0; start < columns; start += in.group) {
         const int64_t at = token * columns + start, count = start + in.group < columns ? in.group : columns - start;
         if (in.activation == SYMMETRIC) {
-            decode_symmetric(static_cast<const uint16_t*>(in.x) + at, count, out + start);
+            decode_symmetric(in, at, count, out + start);
             continue;
         }
         const __m512 scale = _mm512_set1_ps(quantize_group(in, at, count, codes));

@@ -30,9 +30,10 @@ const char* llmquant_kernels(int32_t i, int32_t* present) {
 }
 
 void llmquant_linear(int32_t kernels, const Matrix* w, const void* x, int32_t type, int64_t count, const void* bias,
-                     int32_t bias_type, int32_t activation, int64_t group, void* out) {
+                     int32_t bias_type, int32_t activation, int64_t group, const float* scale,
+                     const int8_t* zero_point, void* out) {
     if (!count) return;  // an expert that no token chose
-    ALL[kernels]->linear(*w, {x, bias, out, count, group, type, bias_type, activation});
+    ALL[kernels]->linear(*w, {x, bias, out, count, group, type, bias_type, activation, {scale, zero_point}});
 }
 
 // Operators one after the other on few tokens of a half type, where the set "avx512_vnni" can run.

@@ -17,17 +17,20 @@ INLINE2 float quantize_group(const Inputs& in, int64_t at, int64_t count, int32_
         bad = _mm256_or_si256(bad, not_finite(x));
     }
     const float least = min_across(low), most = max_across(high);
-    const float scale = symmetric ? (most > -least ? most : -least) / 127.f : (most - least) / 255.f;
+    const float scale = activation_scale(in, least, most);
     const __m256 safe = _mm256_set1_ps(scale > 0 ? scale : 1.f);
     const __m256i bottom = _mm256_set1_epi32(symmetric ? -127 : -128), top = _mm256_set1_epi32(127);
     __m256i zero = _mm256_setzero_si256();
     if (!symmetric) {
         zero = _mm256_cvtps_epi32(_mm256_sub_ps(_mm256_set1_ps(-128.f), _mm256_div_ps(_mm256_set1_ps(least), safe)));
         zero = _mm256_max_epi32(_mm256_min_epi32(zero, top), bottom);
+        if (in.fixed.zero_point) zero = _mm256_set1_epi32(*in.fixed.zero_point);
     }
+    const __m256 far = _mm256_set1_ps(512.f);  // inputs may lie far outside of a scale that was chosen before
     for (int64_t k = 0; k < count; k += 8) {
         const __m256 x = load_eight(in.x, at + k, in.type, count - k);
-        const __m256i code = _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_div_ps(x, safe)), zero);
+        const __m256 near = _mm256_max_ps(_mm256_min_ps(_mm256_div_ps(x, safe), far), _mm256_sub_ps(_mm256_setzero_ps(), far));
+        const __m256i code = _mm256_add_epi32(_mm256_cvtps_epi32(near), zero);
         store32(codes + k, _mm256_sub_epi32(_mm256_max_epi32(_mm256_min_epi32(code, top), bottom), zero));
     }
     const bool finite = _mm256_testz_si256(bad, bad) && scale <= std::numeric_limits<float>::max();

@@ -151,7 +151,7 @@ TARGET void run(const Step& s, int64_t tokens, int32_t type) {
     const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
     const auto share = [&](int64_t n, int64_t i) { return (n / 32 * i / threads) * 32 + (i == threads ? n % 32 : 0); };
     if (s.kind == LINEAR)
-        linear_in_region(*s.weight, {s.x, s.y, s.out, tokens, s.group, type, type, s.activation});
+        linear_in_region(*s.weight, {s.x, s.y, s.out, tokens, s.group, type, type, s.activation, s.fixed});
     else if (s.kind == ADD)
         add(s, share(tokens * s.width, me), share(tokens * s.width, me + 1), type);
     else if (s.kind == GATE)

@@ -24,4 +24,5 @@ struct Step {
     void *keys, *values;       // [tokens, kv_heads, room, head]: every token has a sequence of its own
     int64_t length, room;      // places that are written, and that there are; the new one is at `length`
     float* logsumexp;          // [tokens, heads] or null: for tests of the softmax, as `out` is rounded
+    StaticScale fixed;         // LINEAR
 };

@@ -26,6 +26,12 @@ inline int64_t zero_bytes(const Matrix& w) { return (w.groups * w.bits + 7) / 8;
 // How activations meet the weights: as they are, or as int8 codes with a scale a group of columns.
 enum Activation : int32_t { PLAIN = 0, SYMMETRIC = 1, ASYMMETRIC = 2 };
 
+// What calibration chose for all inputs of a weight; null where codes are scaled anew for every group.
+struct StaticScale {
+    const float* scale;
+    const int8_t* zero_point;  // of asymmetric codes
+};
+
 struct Inputs {
     const void* x;     // [count, columns] of `type`
     const void* bias;  // [rows] of `bias_type`, or null
@@ -34,7 +40,14 @@ struct Inputs {
     int64_t group;  // columns that share an activation scale (all of them: `columns`)
     int32_t type, bias_type;
     int32_t activation;
+    StaticScale fixed;
 };
+
+// The scale of codes for inputs from `low` (at most 0) to `high` (at least 0), unless calibration chose it.
+inline float activation_scale(const Inputs& in, float low, float high) {
+    if (in.fixed.scale) return *in.fixed.scale;
+    return in.activation == SYMMETRIC ? (high > -low ? high : -low) / 127.f : (high - low) / 255.f;
+}
 
 // One set of kernels. Every function may use all of torch's threads; no result depends on their number.
 struct Kernels {

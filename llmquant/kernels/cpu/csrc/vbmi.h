@@ -132,8 +132,9 @@ INLINE Groups make_groups(const Matrix& w, int64_t i = 0, int64_t count = 1) {
     return {data, data + room};
 }
 
-// The integers nearest to quotients, as `rint(x / value)` has them. Dividing takes long, so the product with the inverse
-// is taken, unless it lies so near to a half that its error might count.
+// The integers nearest to quotients, as `rint(x / value)` has them, or 512 and -512 where they are larger: inputs may lie
+// far outside of a scale that was chosen before. Dividing takes long, so the product with the inverse is taken, unless it
+// lies so near to a half that its error might count.
 struct Divisor {
     __m512 value, inverse;
 };
@@ -148,7 +149,9 @@ INLINE __m512i nearest_quotients(__m512 x, const Divisor& by) {
     // What is larger, or NaN, is not below either bound.
     const __mmask16 sure = _mm512_cmp_ps_mask(_mm512_abs_ps(off), _mm512_set1_ps(SURE), _CMP_LT_OQ) &
                            _mm512_cmp_ps_mask(_mm512_abs_ps(quotient), _mm512_set1_ps(256.f), _CMP_LT_OQ);
-    return _mm512_cvtps_epi32(sure == 0xffff ? quotient : _mm512_div_ps(x, by.value));
+    if (sure == 0xffff) return _mm512_cvtps_epi32(quotient);
+    const __m512 near = _mm512_min_ps(_mm512_div_ps(x, by.value), _mm512_set1_ps(512.f));
+    return _mm512_cvtps_epi32(_mm512_max_ps(near, _mm512_set1_ps(-512.f)));
 }
 
 // `quantize_inputs` of activations.h in vectors: codes minus zero point of `count` inputs from `at` on, and their scale.
@@ -163,13 +166,14 @@ INLINE float quantize_group(const Inputs& in, int64_t at, int64_t count, int32_t
         bad |= _mm512_fpclass_ps_mask(x, 0x99);  // infinities and NaN
     }
     const float least = symmetric ? 0.f : _mm512_reduce_min_ps(low), most = _mm512_reduce_max_ps(high);
-    const float scale = symmetric ? most / 127.f : (most - least) / 255.f;
+    const float scale = activation_scale(in, least, most);
     const Divisor divisor = make_divisor(scale > 0 ? scale : 1.f);
     const __m512i bottom = _mm512_set1_epi32(symmetric ? -127 : -128), top = _mm512_set1_epi32(127);
     __m512i zero = _mm512_setzero_si512();
     if (!symmetric) {
         zero = _mm512_cvtps_epi32(_mm512_sub_ps(_mm512_set1_ps(-128.f), _mm512_div_ps(_mm512_set1_ps(least), divisor.value)));
         zero = _mm512_max_epi32(_mm512_min_epi32(zero, top), bottom);
+        if (in.fixed.zero_point) zero = _mm512_set1_epi32(*in.fixed.zero_point);
     }
     for (int64_t k = 0; k < count; k += 16) {
         const __mmask16 present = first_lanes(count - k);
