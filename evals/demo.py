@@ -1,4 +1,4 @@
-"""`make demo`: a real model, several recipes, one table of what each costs.
+"""`make demo`: a real model, several recipes, one table of what each costs; `make table`: every recipe and format.
 
 Every recipe is quantized from disk to disk, loaded back through `AutoModelForCausalLM.from_pretrained`, and compared
 with the 16-bit checkpoint. Weights are measured as loaded (bfloat16 where not quantized); logits are computed in
@@ -24,6 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmquant.checkpoint.stream import quantize_checkpoint
 from llmquant.cli.console import progress_bar, size
+from llmquant.cli.quantize import calibrate
+from llmquant.config.recipe import list_recipes, to_config
+from llmquant.formats import FORMATS
 from llmquant.measure.evaluate import Evaluation, Protocol, Reference, backends, evaluate
 from llmquant.measure.memory import Footprint, footprint
 from llmquant.measure.record import build_record, machine, versions
@@ -31,6 +34,7 @@ from llmquant.measure.text import load_text
 from llmquant.measure.windows import make_windows, tokenize
 
 RECIPES = ("int8", "float8", "mixed-4-6-8", "int4-g32", "a8-int4-g32", "int4-g64", "int3-g32")
+CALIBRATION: dict[str, Any] = {"text": "builtin", "tokens": 8192, "seed": 0, "dtype": "auto"}  # of recipes with static activations
 COLUMNS = ("recipe", "perplexity", "change", "KL", "top-1", "disk", "memory", "bits", "bits (q)", "s")
 NOTE = (
     "The 16-bit model comes from a file of four-bit codes (Q4_1, groups of 32), so its weights lie on such a grid: "
@@ -60,7 +64,7 @@ def main() -> None:
     with reference:
         records.append(record("16 bits", original, protocol(model), evaluate(model, windows, reference), sizes, 0.0))
         del model
-        for name in options.recipes:
+        for name in every_recipe() if options.recipes == ["all"] else options.recipes:
             folder, seconds = quantized(original, options.folder / name, name)
             model, sizes = open_model(folder)
             with progress_bar(f"{name}: evaluate") as progress:
@@ -82,8 +86,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", default="builtin", help="builtin, wikitext2 or a path")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--recipes", nargs="+", default=RECIPES, help="names, paths or schemes")
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, help="names, paths or schemes; or all")
     return parser.parse_args()
+
+
+def every_recipe() -> list[str]:
+    """Every shipped recipe, and a scheme for each format that none of them is about."""
+    shipped = [recipe.name for recipe in list_recipes()]
+    return [*shipped, *(name for name in FORMATS if not any(recipe.split("-g")[0] == name for recipe in shipped))]
 
 
 def open_model(folder: Path) -> tuple[Any, Footprint]:
@@ -95,8 +105,9 @@ def open_model(folder: Path) -> tuple[Any, Footprint]:
 
 def quantized(original: Path, folder: Path, recipe: str) -> tuple[Path, float]:
     """The quantized folder and the seconds it took."""
+    stats = calibrate(str(original), to_config(recipe), **CALIBRATION)
     with progress_bar(f"{recipe}: quantize") as progress:
-        report = quantize_checkpoint(original, folder, recipe, overwrite=True, progress=progress)
+        report = quantize_checkpoint(original, folder, recipe, stats=stats, overwrite=True, progress=progress)
     return folder, report.seconds
 
 
