@@ -34,7 +34,12 @@ from llmquant.measure.text import load_text
 from llmquant.measure.windows import make_windows, tokenize
 
 RECIPES = ("int8", "float8", "mixed-4-6-8", "int4-g32", "a8-int4-g32", "int4-g64", "int3-g32")
-CALIBRATION: dict[str, Any] = {"text": "builtin", "tokens": 8192, "seed": 0, "dtype": "auto"}  # of recipes with static activations
+CALIBRATION: dict[str, Any] = {
+    "text": "builtin",
+    "tokens": 8192,
+    "seed": 0,
+    "dtype": "auto",
+}  # of recipes with static activations
 COLUMNS = ("recipe", "perplexity", "change", "KL", "top-1", "disk", "memory", "bits", "bits (q)", "s")
 NOTE = (
     "The 16-bit model comes from a file of four-bit codes (Q4_1, groups of 32), so its weights lie on such a grid: "
