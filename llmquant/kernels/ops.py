@@ -35,7 +35,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     """x [..., K], weight [N, K], bias [N] -> [..., N] in x's dtype. Differentiable in x and bias."""
     if _nobody_watches(x, weight, bias):
         return _linear(x, weight, bias)
-    return torch.ops.llmquant.linear(x, *weight, bias)
+    return torch.ops.llmquant.linear(x, *weight.widened(), bias)
 
 
 def linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None = None) -> Tensor:
@@ -43,14 +43,14 @@ def linear_int8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor 
     the rounding; those of scale and zero point meet x as its codes stand for it."""
     if _nobody_watches(x, weight, bias):
         return _linear_int8(x, weight, activation, bias)
-    return torch.ops.llmquant.linear_int8(x, *weight, activation.group, activation.asymmetric, bias)
+    return torch.ops.llmquant.linear_int8(x, *weight.widened(), activation.group, activation.asymmetric, bias)
 
 
 def linear_float8(x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None = None) -> Tensor:
     """`linear` of x in float8 codes (see `primitives.dynamic`), with the gradients of `linear_int8`."""
     if _nobody_watches(x, weight, bias):
         return _linear_float8(x, weight, activation, bias)
-    return torch.ops.llmquant.linear_float8(x, *weight, activation.group, bias)
+    return torch.ops.llmquant.linear_float8(x, *weight.widened(), activation.group, bias)
 
 
 def linear_as(x: Tensor, weight: Packed, activation: Activation | None, bias: Tensor | None = None) -> Tensor:
@@ -74,14 +74,14 @@ def fake_quantize(x: Tensor, activation: Activation) -> Tensor:
 
 def matmul(x: Tensor, weight: Packed) -> Tensor:
     """x [..., N], weight [N, K] -> [..., K] in x's dtype. Differentiable in x."""
-    return torch.ops.llmquant.matmul(x, *weight)
+    return torch.ops.llmquant.matmul(x, *weight.widened())
 
 
 def embedding(indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
     """indices [...] int32 or int64, weight [N, K] -> [..., K] in `dtype`."""
     if _nobody_watches(indices, weight, None):
         return _embedding(indices, weight, dtype)
-    return torch.ops.llmquant.embedding(indices, *weight, dtype)
+    return torch.ops.llmquant.embedding(indices, *weight.widened(), dtype)
 
 
 def _nobody_watches(x: Tensor, weight: Packed | None = None, bias: Tensor | None = None) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+SCALE_TYPES = FLOAT_TYPES | {torch.float8_e8m0fnu: 3, torch.float8_e4m3fn: 4, torch.uint8: 5}
 
 
 class Matrix(ctypes.Structure):
@@ -29,6 +30,11 @@ class Matrix(ctypes.Structure):
         ("bits", c_int32),
         ("scale_type", c_int32),
         ("midpoint", c_float),
+        ("unit", c_float),
+        ("integers", c_void_p),
+        ("outer", c_void_p),
+        ("outer_step", c_int64),
+        ("exact", c_int32),
     )
 
 

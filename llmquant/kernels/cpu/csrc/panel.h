@@ -91,10 +91,9 @@ struct Panel {
     // The scales of 16 rows where they were left out.
     TILES __m512 row_scales(int64_t row) const {
         if (!one_scale || how == OTHER) return _mm512_set1_ps(1.f);
-        if (w.shared == 1) return load_floats(w.scale, row, w.scale_type, first_lanes(w.rows - row));
         alignas(64) float scales[TILE];
         for (int64_t i = 0; i < TILE; ++i)
-            scales[i] = load_float(w.scale, (row + i < w.rows ? row + i : w.rows - 1) / w.shared, w.scale_type);
+            scales[i] = load_scale(w, (row + i < w.rows ? row + i : w.rows - 1) / w.shared, 0);
         return _mm512_load_ps(scales);
     }
 
