@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmquant.formats import get_format
-from llmquant.kernels import reference, registry
+from llmquant.kernels import cpu, reference, registry
 from llmquant.kernels.packed import Packed
 from llmquant.primitives import dynamic
 from llmquant.primitives.blocks import block_counts
@@ -191,7 +191,7 @@ def _fake_quantize_op(x: Tensor, *args: Any) -> Tensor:
 def _fake_quantize(x: Tensor, activation: Activation) -> Tensor:
     if not x.is_floating_point() or x.dim() < 1:
         raise RuntimeError(f"llmquant::fake_quantize needs floating tokens, not {x.dtype} {tuple(x.shape)}")
-    return dynamic.fake_quantize(x, activation)
+    return cpu.fake_quantize(x, activation)
 
 
 def _matmul(x: Tensor, *args: Any) -> Tensor:

@@ -32,7 +32,10 @@ SCHEMES = [
     *(f"int{bits}-{group}" for bits in (3, 8) for group in ("g12", "g48", "row-asym", "row", "tensor")),
     *(f"int{bits}-g128{zero}" for bits in (3, 4, 8) for zero in ("", "-asym")),
     *(f"{kind}-{group}" for kind in ("float8", "float8-e5m2") for group in ("row", "tensor")),
+    *("mxfp4", "mxfp6-e2m3", "mxfp6-e3m2", "mxfp8", "mxfp8-e5m2", "nvfp4", "nf4", "nf4-single"),
+    *("float8-b128", "float8-b16x48", "float8-b16x32"),
 ]
+ONE_BYTE = ["mxfp4", "mxfp6-e2m3", "nvfp4", "mxfp6-e3m2", "nf4", "mxfp8"]  # scales, some with an outer one
 ACTIVATIONS = [Activation(group, asymmetric) for group in (0, 20, 32, 256) for asymmetric in (False, True)]
 
 every_backend = pytest.mark.parametrize(
@@ -93,7 +96,7 @@ def test_linear_is_as_exact_as_its_dtype(backend: str, scheme: str, dtype: torch
 
 @every_backend
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.scheme)
-@pytest.mark.parametrize("scheme", [*SCHEMES[::3], "int3-g128-asym", "int4-g128", "int1-row"])
+@pytest.mark.parametrize("scheme", [*SCHEMES[::3], "int3-g128-asym", "int4-g128", "int1-row", *ONE_BYTE[::2]])
 def test_int8_activations_follow_the_code_rule(backend: str, scheme: str, activation: Activation) -> None:
     for weight in cases(backend, scheme):
         for dtype, count in ((torch.float32, 3), (torch.bfloat16, 5), (torch.float16, 1), (torch.bfloat16, 35)):

@@ -13,8 +13,9 @@ from torch import Tensor
 from llmquant.errors import ConfigError
 from llmquant.formats import get_format
 from llmquant.kernels.cpu import library
+from llmquant.kernels.cpu.rounding import fake_quantize
 from llmquant.kernels.packed import Packed
-from llmquant.primitives.dynamic import Activation, dequantize_activation, fake_quantize, quantize_activation
+from llmquant.primitives.dynamic import Activation, dequantize_activation, quantize_activation
 from llmquant.primitives.spec import QParams
 
 _PANEL_ELEMENTS = 2**20
@@ -155,10 +156,10 @@ class Native:
     def linear_int8(self, x: Tensor, weight: Packed, activation: Activation, bias: Tensor | None) -> Tensor:
         """The same with x in int8 codes (see `primitives.dynamic`): integer products, float32 scaling.
 
-        Tiles (many bfloat16 inputs) take code x scale and the weights as the nearest bfloat16. Codes of float8 weights
-        are no integers: they meet what the activation's codes stand for.
+        Tiles (many bfloat16 inputs) take code x scale and the weights as the nearest bfloat16. Weights whose numbers
+        are no few integers (float8, nf4) meet what the activation's codes stand for.
         """
-        if get_format(weight.format).storage == "scaled" or x.dtype not in library.FLOAT_TYPES:
+        if not _are_integers(weight.format) or x.dtype not in library.FLOAT_TYPES:
             seen = dequantize_activation(quantize_activation(x, activation), activation)
             return self.linear(seen, weight, bias).to(x.dtype)
         return self._linear(x, weight, bias, 2 if activation.asymmetric else 1, activation.width(weight.columns))
@@ -294,6 +295,14 @@ def _integers(format_name: str) -> Integers | None:
     exact = not (table / unit).frac().any() and float(table.abs().max()) / unit <= _MOST
     unit = unit if exact else float(table.abs().max()) / _MOST
     return Integers((table / unit).round().to(torch.int16), unit, exact)
+
+
+def _are_integers(format_name: str) -> bool:
+    """Whether all numbers of a format are integers of 16 bits at most, times a unit."""
+    if get_format(format_name).storage == "affine":
+        return True
+    integers = _integers(format_name)
+    return integers is not None and integers.exact
 
 
 def missing() -> str | None:

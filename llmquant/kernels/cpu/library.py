@@ -38,6 +38,26 @@ class Matrix(ctypes.Structure):
     )
 
 
+class Rounding(ctypes.Structure):
+    """`struct Rounding` of csrc/matrix.h."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("out", c_void_p),
+        ("tokens", c_int64),
+        ("columns", c_int64),
+        ("group", c_int64),
+        ("type", c_int32),
+        ("rule", c_int32),
+        ("together", c_int32),
+        ("mantissa_bits", c_int32),
+        ("largest_exponent", c_int32),
+        ("largest", c_float),
+        ("least_normal", c_float),
+        ("anchor", c_float),
+    )
+
+
 _SIGNATURES = {
     "llmquant_kernels": (c_char_p, (c_int32, POINTER(c_int32))),
     "llmquant_linear": (
@@ -45,6 +65,7 @@ _SIGNATURES = {
         (c_int32, c_void_p, c_void_p, c_int32, c_int64, c_void_p, c_int32, c_int32, c_int64, c_void_p),
     ),
     "llmquant_rows": (c_int64, (c_int32, c_void_p, c_void_p, c_int64, c_int32, c_void_p)),
+    "llmquant_round": (None, (POINTER(Rounding),)),
     "llmquant_chain": (None, (c_void_p, c_int64, c_int64, c_int32)),
     "llmquant_can_attend": (c_int32, (c_int32,)),
     "llmquant_read": (c_uint64, (c_void_p, c_int64)),

@@ -46,6 +46,22 @@ struct Inputs {
     int32_t activation;
 };
 
+// How activations become numbers of a small float times a scale: float8, MX by the rule that finds a block's scale, NVFP4.
+enum RoundingRule : int32_t { ROUND_FLOAT8 = 0, ROUND_FLOOR, ROUND_CEIL, ROUND_EVEN, ROUND_RCEIL, ROUND_NVFP4 };
+
+struct Rounding {
+    const void* x;  // [tokens, columns] of `type`
+    void* out;      // the same
+    int64_t tokens, columns;
+    int64_t group;  // columns that share a scale
+    int32_t type, rule;
+    int32_t together;  // whether all tokens share a scale: that of float8, the outer one of NVFP4
+    int32_t mantissa_bits, largest_exponent;  // of the element
+    float largest;                            // its largest number
+    float least_normal;
+    float anchor;  // 1.5 x 2^(23 - mantissa bits): what numbers are added to, so that just their own bits are left
+};
+
 // One set of kernels. Every function may use all of torch's threads; no result depends on their number.
 struct Kernels {
     const char* name;
@@ -53,4 +69,6 @@ struct Kernels {
     void (*linear)(const Matrix&, const Inputs&);
     // Rows of the matrix as floats of `type`: row `indices[i]`, or row i where `indices` is null.
     void (*rows)(const Matrix&, const int64_t* indices, int64_t count, int32_t type, void* out);
+    // Of the plain sets only; see rounding.h.
+    void (*round)(const Rounding&) = nullptr;
 };
