@@ -75,6 +75,7 @@ struct Panel {
     int parts;  // of a weight
     void (Panel::*decode_block)(int64_t, int64_t, const Block&, uint8_t*) const;
     ByteTable bytes;
+    int finite;  // codes of a table of bytes, without their sign, that are numbers
     alignas(64) uint8_t from[64], shifts[64];  // see `by_table`
     alignas(64) float numbers[64];
 
@@ -87,6 +88,7 @@ struct Panel {
             how = w.bits <= (w.table ? 6 : 5) ? TABLE : w.table ? OTHER : NUMBERS;
         else
             how = w.bits <= 4 && w.group % 16 == 0 ? HALVES : OTHER;
+        for (finite = 0; how == FLOAT8 && finite < 128 && std::isfinite(w.table[finite]);) ++finite;
         const int needed = needed_parts();
         parts = needed < most_parts ? needed : most_parts;
         decode_block = parts == 1 ? choose_decoder<1>() : parts == 2 ? choose_decoder<2>() : choose_decoder<3>();
@@ -271,9 +273,12 @@ struct Panel {
         const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
         const int64_t per = SCALED ? w.group / WIDTH : 1;
         int64_t g = at.group, left = SCALED ? per - at.start % w.group / WIDTH : 0;
-        const auto put = [&](__m512i numbers_there) TILES __attribute__((always_inline)) {
+        const auto put = [&](__m512i numbers_there, bool all_finite) TILES __attribute__((always_inline)) {
             if (SCALED) {
-                put_scaled<W>(numbers_there, groups.scale[g], to);
+                if (W == 1 && all_finite && w.scale_type == SCALE_E8M0 && is_moderate(groups.scale[g]))
+                    _mm512_store_si512(to, times_power(numbers_there, groups.scale[g]));
+                else
+                    put_scaled<W>(numbers_there, groups.scale[g], to);
                 if (--left == 0) ++g, left = per;
             } else {
                 _mm512_store_si512(to, numbers_there);
@@ -282,10 +287,22 @@ struct Panel {
         };
         for (int64_t k = at.start; k < at.stop; k += CHUNK) {
             __m512i first, second;
-            look_up_bytes(codes_of(data, w.row_bytes, k / CHUNK, cutter), bytes, &first, &second);
-            put(_mm512_permutex2var_epi64(first, low, second));
-            if (k + WIDTH < at.stop) put(_mm512_permutex2var_epi64(first, high, second));
+            const __m512i codes = codes_of(data, w.row_bytes, k / CHUNK, cutter);
+            const __m512i magnitudes = _mm512_and_si512(codes, _mm512_set1_epi8(0x7f));
+            const bool all_finite = !_mm512_cmpge_epu8_mask(magnitudes, _mm512_set1_epi8(static_cast<char>(finite)));
+            look_up_bytes(codes, bytes, &first, &second);
+            put(_mm512_permutex2var_epi64(first, low, second), all_finite);
+            if (k + WIDTH < at.stop) put(_mm512_permutex2var_epi64(first, high, second), all_finite);
         }
+    }
+
+    // Whether float8 numbers times a power of two stay normal: then only their exponents move.
+    static bool is_moderate(float power) { return power > 0x1p-100f && power < 0x1p100f; }
+
+    __attribute__((always_inline)) TILES static inline __m512i times_power(__m512i words, float power) {
+        const int32_t step = static_cast<int32_t>(bits_of(power) - bits_of(1.f)) >> 16;
+        const __mmask32 numbers_not_zero = _mm512_test_epi16_mask(words, _mm512_set1_epi16(0x7fff));
+        return _mm512_mask_add_epi16(words, numbers_not_zero, words, _mm512_set1_epi16(static_cast<int16_t>(step)));
     }
 
     // 32 bfloat16 numbers times a scale.

@@ -127,11 +127,12 @@ enum Kind { DENSE1 = 1, DENSE2 = 2, DENSE4 = 4, BYTES = 8, CUT = 0 };
 // Sums of tokens `first` to `first` + count - 1: [count, STRIPS, 16] floats.
 // ZEROS: a zero a group, taken off as a float (exact: products of it are below 2^24), else the whole midpoint, which
 // the sums start from. W: planes of the book (see rows.cpp), or 0 where codes are integers.
-template <int P, int KIND, bool ZEROS, int W>
+// Q: fours of columns of the longest piece.
+template <int P, int KIND, bool ZEROS, int W, int Q>
 TARGET __attribute__((noinline)) void dot(const Matrix& w, const StripPlan& plan, const StripUnit& unit, int64_t first,
                                           int64_t tokens, int64_t count, float* totals) {
     constexpr int STEPS = KIND == DENSE1 ? 8 : KIND == DENSE2 ? 4 : KIND == DENSE4 ? 2 : 1;
-    constexpr int LANES = QUADS / STEPS;  // a piece
+    constexpr int LANES = Q / STEPS;  // a piece
     constexpr int FACTORS = W == 2 ? 2 : 1;
     const __m512i book[2] = {_mm512_load_si512(plan.book.bytes[0]), _mm512_load_si512(plan.book.bytes[1])};
     const Piece* pieces = plan.pieces;
@@ -166,7 +167,7 @@ TARGET __attribute__((noinline)) void dot(const Matrix& w, const StripPlan& plan
         constexpr int PIECES = 16 / LANES, ROWS = UNIT / PIECES;
         for (int r = 0; r < ROWS; ++r)
             _mm_prefetch(reinterpret_cast<const char*>(unit.data[i % PIECES * ROWS + r] + lane / 16 * bytes + AHEAD), _MM_HINT_T0);
-        __m512i code[STRIPS][FACTORS][QUADS];
+        __m512i code[STRIPS][FACTORS][Q];
         __m512 scale[STRIPS], zero[STRIPS];
         for (int s = 0; s < STRIPS; ++s) {
             scale[s] = _mm512_load_ps(unit.scale[s] + STRIP * pieces[i].group);
@@ -192,7 +193,7 @@ TARGET __attribute__((noinline)) void dot(const Matrix& w, const StripPlan& plan
                 for (auto& strip : sum)
                     for (__m512i& one : strip) one = start;
 #pragma GCC unroll 8
-                for (int q = 0; q < QUADS; ++q) {
+                for (int q = 0; q < Q; ++q) {
                     int32_t four;
                     std::memcpy(&four, in->codes[p] + 4 * q, 4);
                     const __m512i input = _mm512_set1_epi32(four);
@@ -240,23 +241,26 @@ TARGET void store_rows(const Matrix& w, const Inputs& in, int64_t first, int64_t
 }
 
 template <int P, bool ZEROS>
-StripPlan::Dot choose_dot(int bits, bool dense) {
-    if (!dense) return bits == 8 ? dot<P, BYTES, ZEROS, 0> : dot<P, CUT, ZEROS, 0>;
-    return bits == 1 ? dot<P, DENSE1, ZEROS, 0> : bits == 2 ? dot<P, DENSE2, ZEROS, 0> : dot<P, DENSE4, ZEROS, 0>;
+StripPlan::Dot choose_dot(int bits, bool dense, bool halves) {
+    if (!dense) return bits == 8 ? dot<P, BYTES, ZEROS, 0, QUADS> : dot<P, CUT, ZEROS, 0, QUADS>;
+    if (bits == 4) return halves ? dot<P, DENSE4, ZEROS, 0, QUADS / 2> : dot<P, DENSE4, ZEROS, 0, QUADS>;
+    return bits == 1 ? dot<P, DENSE1, ZEROS, 0, QUADS> : dot<P, DENSE2, ZEROS, 0, QUADS>;
 }
 
 template <int P>
-StripPlan::Dot choose_book_dot(int planes, bool dense) {
-    if (dense) return planes == 2 ? dot<P, DENSE4, false, 2> : dot<P, DENSE4, false, 1>;
-    return planes == 2 ? dot<P, CUT, false, 2> : dot<P, CUT, false, 1>;
+StripPlan::Dot choose_book_dot(int planes, bool dense, bool halves) {
+    if (dense && planes == 2) return dot<P, DENSE4, false, 2, QUADS>;
+    if (dense) return halves ? dot<P, DENSE4, false, 1, QUADS / 2> : dot<P, DENSE4, false, 1, QUADS>;
+    return planes == 2 ? dot<P, CUT, false, 2, QUADS> : dot<P, CUT, false, 1, QUADS>;
 }
 
 template <int P>
 void choose(const Matrix& w, StripPlan* plan) {
     plan->fill = fill_token<P>;
-    plan->dot = plan->book.planes ? choose_book_dot<P>(plan->book.planes, is_dense(w))
-                : plan->zeros     ? choose_dot<P, true>(w.bits, is_dense(w))
-                                  : choose_dot<P, false>(w.bits, is_dense(w));
+    const bool dense = is_dense(w), halves = w.group <= PIECE / 2;  // of four bits in groups of 16, as nvfp4 is
+    plan->dot = plan->book.planes ? choose_book_dot<P>(plan->book.planes, dense, halves)
+                : plan->zeros     ? choose_dot<P, true>(w.bits, dense, halves)
+                                  : choose_dot<P, false>(w.bits, dense, halves);
 }
 
 }  // namespace
