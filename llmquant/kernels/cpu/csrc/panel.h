@@ -75,7 +75,6 @@ struct Panel {
     int parts;  // of a weight
     void (Panel::*decode_block)(int64_t, int64_t, const Block&, uint8_t*) const;
     ByteTable bytes;
-    int finite;  // codes of a table of bytes, without their sign, that are numbers
     alignas(64) uint8_t from[64], shifts[64];  // see `by_table`
     alignas(64) float numbers[64];
 
@@ -88,7 +87,6 @@ struct Panel {
             how = w.bits <= (w.table ? 6 : 5) ? TABLE : w.table ? OTHER : NUMBERS;
         else
             how = w.bits <= 4 && w.group % 16 == 0 ? HALVES : OTHER;
-        for (finite = 0; how == FLOAT8 && finite < 128 && std::isfinite(w.table[finite]);) ++finite;
         const int needed = needed_parts();
         parts = needed < most_parts ? needed : most_parts;
         decode_block = parts == 1 ? choose_decoder<1>() : parts == 2 ? choose_decoder<2>() : choose_decoder<3>();
@@ -175,14 +173,6 @@ struct Panel {
         return _mm512_castsi256_si512(_mm256_maskz_loadu_epi8((1u << left) - 1, data + byte));
     }
 
-    // 16 numbers of the table from `from` on, under a scale.
-    template <bool ZEROS>
-    __attribute__((always_inline)) TILES inline __m512 scaled_numbers(int from_number, float scale, float zero) const {
-        const float middle = ZEROS ? zero : w.table ? 0.f : w.midpoint;
-        const __m512 number = _mm512_sub_ps(_mm512_load_ps(numbers + from_number), _mm512_set1_ps(middle));
-        return _mm512_mul_ps(number, _mm512_set1_ps(scale));
-    }
-
     // Four codes a 64-bit lane: `vpermb` brings the bytes they lie in, `vpmultishiftqb` each one to a word, with other
     // bits above it, which `vpermw` does not look at: it sees five, or with two vectors six.
     template <int SHAPE, bool ZEROS, int W>
@@ -194,27 +184,33 @@ struct Panel {
         const int64_t step = 4 * w.bits, pieces = (at.stop - at.start + WIDTH - 1) / WIDTH;
         const int64_t per = one_scale ? pieces : PAIR ? 1 : w.group / WIDTH;
         const int64_t head = one_scale || PAIR ? per : per - at.start % w.group / WIDTH;
-        const int64_t halves = w.group / 16;  // of a group
+        const int64_t halves = w.group / 16, last_group = at.group + at.groups - 1;
+        const bool scaled = !one_scale;
+        __m512 base[4];  // the table under a scale of 1
+        for (int v = 0; v < 4; ++v)
+            base[v] = _mm512_sub_ps(_mm512_load_ps(numbers + 16 * v), _mm512_set1_ps(ZEROS || w.table ? 0.f : w.midpoint));
         // From so many pieces 32 bytes can be read without leaving the row.
         const int64_t safe = w.row_bytes < 32 ? 0 : (w.row_bytes - 32) / step - at.start / WIDTH + 1;
         each_row(first, last, at, out, [&](int64_t row, uint8_t* to) TILES __attribute__((always_inline)) {
             const uint8_t* packed = w.qdata + row * w.row_bytes + at.start / WIDTH * step;
             const uint8_t* end = w.qdata + (row + 1) * w.row_bytes;
+            const float *scales = groups.scale, *zeros = groups.zero;
             int64_t g = at.group, passed = PAIR ? at.start % w.group / 16 : 0;  // group, and its halves that are done
-            const auto numbers_of_group = [&](int from_number) TILES __attribute__((always_inline)) {
-                return scaled_numbers<ZEROS>(from_number, one_scale ? 1.f : groups.scale[g], ZEROS ? groups.zero[g] : 0.f);
+            const auto numbers_of_group = [&](int v) TILES __attribute__((always_inline)) {
+                const __m512 number = ZEROS ? _mm512_sub_ps(base[v], _mm512_set1_ps(zeros[g])) : base[v];
+                return _mm512_mul_ps(number, _mm512_set1_ps(scaled ? scales[g] : 1.f));
             };
             const auto pass_half = [&]() __attribute__((always_inline)) {
-                if (++passed == halves) passed = 0, g += g + 1 < at.group + at.groups;  // the row may end before its tile
+                if (++passed == halves) passed = 0, g += g < last_group;  // the row may end before its tile
             };
             __m512i table[W][VECTORS] = {};
             for (int64_t i = 0, left = 0; i < pieces; ++i, packed += step, to += W * TILE_BYTES) {
                 if (left-- == 0) {
                     Numbers values[VECTORS];
                     for (int v = 0; v < VECTORS; ++v) {
-                        values[v].low = numbers_of_group(32 * v);
+                        values[v].low = numbers_of_group(2 * v);
                         if (PAIR) pass_half();
-                        values[v].high = SHAPE == TWICE ? values[v].low : numbers_of_group(PAIR ? 0 : 32 * v + 16);
+                        values[v].high = SHAPE == TWICE ? values[v].low : numbers_of_group(PAIR ? 0 : 2 * v + 1);
                         if (PAIR) pass_half();
                     }
                     for (int p = 0; p < W; ++p)
@@ -272,14 +268,13 @@ struct Panel {
         // `look_up_bytes` leaves columns in eights: 0, 2, 4, 6 of them in the first vector, the odd ones in the second.
         const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
         const int64_t per = SCALED ? w.group / WIDTH : 1;
-        int64_t g = at.group, left = SCALED ? per - at.start % w.group / WIDTH : 0;
-        const auto put = [&](__m512i numbers_there, bool all_finite) TILES __attribute__((always_inline)) {
+        int64_t left = SCALED ? per - at.start % w.group / WIDTH : 0;
+        const ByteTable table = bytes;  // copies: stores might change what `this` points to, for all the compiler knows
+        const float* scale = groups.scale + at.group;
+        const auto put = [&](__m512i numbers_there) TILES __attribute__((always_inline)) {
             if (SCALED) {
-                if (W == 1 && all_finite && w.scale_type == SCALE_E8M0 && is_moderate(groups.scale[g]))
-                    _mm512_store_si512(to, times_power(numbers_there, groups.scale[g]));
-                else
-                    put_scaled<W>(numbers_there, groups.scale[g], to);
-                if (--left == 0) ++g, left = per;
+                put_scaled<W>(numbers_there, *scale, to);
+                if (--left == 0) ++scale, left = per;
             } else {
                 _mm512_store_si512(to, numbers_there);
             }
@@ -287,22 +282,10 @@ struct Panel {
         };
         for (int64_t k = at.start; k < at.stop; k += CHUNK) {
             __m512i first, second;
-            const __m512i codes = codes_of(data, w.row_bytes, k / CHUNK, cutter);
-            const __m512i magnitudes = _mm512_and_si512(codes, _mm512_set1_epi8(0x7f));
-            const bool all_finite = !_mm512_cmpge_epu8_mask(magnitudes, _mm512_set1_epi8(static_cast<char>(finite)));
-            look_up_bytes(codes, bytes, &first, &second);
-            put(_mm512_permutex2var_epi64(first, low, second), all_finite);
-            if (k + WIDTH < at.stop) put(_mm512_permutex2var_epi64(first, high, second), all_finite);
+            look_up_bytes(codes_of(data, w.row_bytes, k / CHUNK, cutter), table, &first, &second);
+            put(_mm512_permutex2var_epi64(first, low, second));
+            if (k + WIDTH < at.stop) put(_mm512_permutex2var_epi64(first, high, second));
         }
-    }
-
-    // Whether float8 numbers times a power of two stay normal: then only their exponents move.
-    static bool is_moderate(float power) { return power > 0x1p-100f && power < 0x1p100f; }
-
-    __attribute__((always_inline)) TILES static inline __m512i times_power(__m512i words, float power) {
-        const int32_t step = static_cast<int32_t>(bits_of(power) - bits_of(1.f)) >> 16;
-        const __mmask32 numbers_not_zero = _mm512_test_epi16_mask(words, _mm512_set1_epi16(0x7fff));
-        return _mm512_mask_add_epi16(words, numbers_not_zero, words, _mm512_set1_epi16(static_cast<int16_t>(step)));
     }
 
     // 32 bfloat16 numbers times a scale.
