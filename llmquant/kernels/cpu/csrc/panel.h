@@ -34,13 +34,22 @@ struct Numbers {
     }
 };
 
-// Where 16 even ones and 16 odd ones stand when they alternate.
-alignas(64) constexpr uint16_t ALTERNATING[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+// Which code goes to each byte, so that after two bytes of its own meet at every second eight of them the columns 0 .. 15
+// of each 32 are in even words and 16 .. 31 in odd ones.
+struct Places {
+    alignas(64) uint8_t from[64];
+    constexpr Places() : from() {
+        for (int i = 0; i < 64; ++i) {
+            const int word = i / 16 * 8 + i % 8, tile = i / 8 % 2;
+            from[i] = static_cast<uint8_t>(32 * tile + word / 2 + word % 2 * 16);
+        }
+    }
+};
+constexpr Places IN_HALVES;
 
 // How codes become bfloat16 numbers, or the parts of them.
 //   TABLE: up to five bits, or a table of six: the values of all codes, taken apart once a group, and `vpermw` looks them
-//   up; HALVES: the same of four bits and groups of whole 16 columns, two groups side by side in a table;
+//   up; HALVES: the same of up to four bits in groups of 16 columns, two groups side by side in a table;
 //   NUMBERS: more bits: converted, zero taken off, multiplied by the scale;
 //   FLOAT8: tables of bytes; any other table goes through float32 (OTHER).
 // Where a row has one scale it is left out here, which is exact, and multiplied with the sums.
@@ -86,7 +95,7 @@ struct Panel {
         else if (whole)
             how = w.bits <= (w.table ? 6 : 5) ? TABLE : w.table ? OTHER : NUMBERS;
         else
-            how = w.bits <= 4 && w.group % 16 == 0 ? HALVES : OTHER;
+            how = w.bits <= 4 && w.group == 16 ? HALVES : OTHER;
         const int needed = needed_parts();
         parts = needed < most_parts ? needed : most_parts;
         decode_block = parts == 1 ? choose_decoder<1>() : parts == 2 ? choose_decoder<2>() : choose_decoder<3>();
@@ -184,7 +193,7 @@ struct Panel {
         const int64_t step = 4 * w.bits, pieces = (at.stop - at.start + WIDTH - 1) / WIDTH;
         const int64_t per = one_scale ? pieces : PAIR ? 1 : w.group / WIDTH;
         const int64_t head = one_scale || PAIR ? per : per - at.start % w.group / WIDTH;
-        const int64_t halves = w.group / 16, last_group = at.group + at.groups - 1;
+        const int64_t last_group = at.group + at.groups - 1;
         const bool scaled = !one_scale;
         __m512 base[4];  // the table under a scale of 1
         for (int v = 0; v < 4; ++v)
@@ -195,13 +204,10 @@ struct Panel {
             const uint8_t* packed = w.qdata + row * w.row_bytes + at.start / WIDTH * step;
             const uint8_t* end = w.qdata + (row + 1) * w.row_bytes;
             const float *scales = groups.scale, *zeros = groups.zero;
-            int64_t g = at.group, passed = PAIR ? at.start % w.group / 16 : 0;  // group, and its halves that are done
+            int64_t g = at.group;
             const auto numbers_of_group = [&](int v) TILES __attribute__((always_inline)) {
                 const __m512 number = ZEROS ? _mm512_sub_ps(base[v], _mm512_set1_ps(zeros[g])) : base[v];
                 return _mm512_mul_ps(number, _mm512_set1_ps(scaled ? scales[g] : 1.f));
-            };
-            const auto pass_half = [&]() __attribute__((always_inline)) {
-                if (++passed == halves) passed = 0, g += g < last_group;  // the row may end before its tile
             };
             __m512i table[W][VECTORS] = {};
             for (int64_t i = 0, left = 0; i < pieces; ++i, packed += step, to += W * TILE_BYTES) {
@@ -209,13 +215,12 @@ struct Panel {
                     Numbers values[VECTORS];
                     for (int v = 0; v < VECTORS; ++v) {
                         values[v].low = numbers_of_group(2 * v);
-                        if (PAIR) pass_half();
+                        if (PAIR) g += g < last_group;  // the row may end before its tile
                         values[v].high = SHAPE == TWICE ? values[v].low : numbers_of_group(PAIR ? 0 : 2 * v + 1);
-                        if (PAIR) pass_half();
                     }
                     for (int p = 0; p < W; ++p)
                         for (int v = 0; v < VECTORS; ++v) table[p][v] = values[v].take_part(p, W);
-                    if (!PAIR) ++g;
+                    ++g;
                     left = (i ? per : head) - 1;
                 }
                 const __m256i bytes = i < safe ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed))
@@ -259,44 +264,55 @@ struct Panel {
     // SCALED: each group has a scale; else the numbers as they are, in one part.
     template <bool SCALED, int W>
     TILES void by_bytes(int64_t first, int64_t last, const Block& at, uint8_t* out) const {
-        each_row(first, last, at, out, [&](int64_t row, uint8_t* to) TILES { byte_row<SCALED, W>(row, at, to); });
+        each_row(first, last, at, out, [&](int64_t row, uint8_t* to) TILES {
+            SCALED ? scaled_byte_row<W>(row, at, to) : byte_row(row, at, to);
+        });
     }
 
-    template <bool SCALED, int W>
     TILES void byte_row(int64_t row, const Block& at, uint8_t* to) const {
         const uint8_t* data = w.qdata + row * w.row_bytes;
         // `look_up_bytes` leaves columns in eights: 0, 2, 4, 6 of them in the first vector, the odd ones in the second.
         const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-        const int64_t per = SCALED ? w.group / WIDTH : 1;
-        int64_t left = SCALED ? per - at.start % w.group / WIDTH : 0;
-        const ByteTable table = bytes;  // copies: stores might change what `this` points to, for all the compiler knows
+        for (int64_t k = at.start; k < at.stop; k += CHUNK, to += 2 * TILE_BYTES) {
+            __m512i first, second;
+            look_up_bytes(codes_of(data, w.row_bytes, k / CHUNK, cutter), bytes, &first, &second);
+            _mm512_store_si512(to, _mm512_permutex2var_epi64(first, low, second));
+            if (k + WIDTH < at.stop) _mm512_store_si512(to + TILE_BYTES, _mm512_permutex2var_epi64(first, high, second));
+        }
+    }
+
+    // Codes change places first: then `look_up_bytes` leaves in each vector the first 16 of 32 columns in the even words
+    // and the others in the odd ones, where they are float32 numbers but for a shift or a mask.
+    template <int W>
+    TILES void scaled_byte_row(int64_t row, const Block& at, uint8_t* to) const {
+        const uint8_t* data = w.qdata + row * w.row_bytes;
+        const ByteTable table = bytes;  // a copy: stores might change what `this` points to, for all the compiler knows
+        const __m512i places = _mm512_load_si512(IN_HALVES.from);
         const float* scale = groups.scale + at.group;
-        const auto put = [&](__m512i numbers_there) TILES __attribute__((always_inline)) {
-            if (SCALED) {
-                put_scaled<W>(numbers_there, *scale, to);
-                if (--left == 0) ++scale, left = per;
-            } else {
-                _mm512_store_si512(to, numbers_there);
-            }
+        const int64_t per = w.group / WIDTH;
+        int64_t left = per - at.start % w.group / WIDTH;
+        const auto put = [&](__m512i words) TILES __attribute__((always_inline)) {
+            put_scaled<W>(words, *scale, to);
+            if (--left == 0) ++scale, left = per;
             to += W * TILE_BYTES;
         };
         for (int64_t k = at.start; k < at.stop; k += CHUNK) {
             __m512i first, second;
-            look_up_bytes(codes_of(data, w.row_bytes, k / CHUNK, cutter), table, &first, &second);
-            put(_mm512_permutex2var_epi64(first, low, second));
-            if (k + WIDTH < at.stop) put(_mm512_permutex2var_epi64(first, high, second));
+            const __m512i codes = codes_of(data, w.row_bytes, k / CHUNK, cutter);
+            look_up_bytes(_mm512_permutexvar_epi8(places, codes), table, &first, &second);
+            put(first);
+            if (k + WIDTH < at.stop) put(second);
         }
     }
 
-    // 32 bfloat16 numbers times a scale.
+    // 32 bfloat16 numbers, the first 16 in the even words, times a scale.
     template <int W>
     __attribute__((always_inline)) TILES inline void put_scaled(__m512i words, float scale, uint8_t* to) const {
         const __m512 factor = _mm512_set1_ps(scale);
-        const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000)), in_turn = _mm512_load_si512(ALTERNATING);
+        const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
         Numbers values = {_mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)), factor),
                           _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(words, upper)), factor)};
-        for (int p = 0; p < W; ++p)
-            _mm512_store_si512(to + p * TILE_BYTES, _mm512_permutexvar_epi16(in_turn, values.take_part(p, W)));
+        for (int p = 0; p < W; ++p) _mm512_store_si512(to + p * TILE_BYTES, values.take_part(p, W));
     }
 
     template <int W>
