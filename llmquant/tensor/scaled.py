@@ -37,17 +37,20 @@ class ScaledTensor(QuantizedTensor):
         return scale if outer is None else scale.float() * outer
 
     def pack(self) -> Packed:
-        """With scales of one byte as they are: kernels widen them while they read."""
+        """With scales of one byte as they are: kernels for CPUs widen them while they read.
+
+        Others get them widened, and so does who trains the outer scale, to which only those of blocks take gradients.
+        """
         outer, m = self._outer_scale, self.meta
         if not self._has_small_scales:
             return super().pack()
-        if outer is not None and outer.requires_grad:  # which only the scales of blocks take to the outer one
+        if not self.qdata.is_cpu or (outer is not None and outer.requires_grad):
             return Packed(self.qdata, self.block_scales(), None, m.format, m.block, m.columns)
         scale = self.scale.view(self.scale_dtype)
         return Packed.with_small_scales(self.qdata, scale, None, m.format, m.block, m.columns, outer=outer)
 
     def state(self) -> tuple[Any, ...]:
-        """Where an outer scale is trained, widened scales are copies: void when their sources are written to."""
+        """Widened scales (see `pack`) are copies: void when their sources are written to."""
         where = super().state()
         if not self._has_small_scales:
             return where

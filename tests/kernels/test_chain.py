@@ -21,7 +21,17 @@ MISSING = cpu.BACKENDS["avx512_vnni"].missing
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 TOKENS, WIDTHS, EPS = (1, 2, 3, 5), (8, 64, 100, 576, 1000), 1e-5
-SCHEMES = ("int4-g32", "int4-g32-asym", "int3-g16-asym", "int8-row", "int8-g32", "int4-tensor", "mxfp4", "nvfp4", "mxfp6-e3m2")
+SCHEMES = (
+    "int4-g32",
+    "int4-g32-asym",
+    "int3-g16-asym",
+    "int8-row",
+    "int8-g32",
+    "int4-tensor",
+    "mxfp4",
+    "nvfp4",
+    "mxfp6-e3m2",
+)
 ACTIVATIONS = (None, Activation(32), Activation(32, True), Activation(0), Activation(0, True), Activation(64))
 ROWS = 37  # neither a multiple of a vector nor of two threads
 

@@ -177,7 +177,10 @@ def test_every_scale_of_one_byte(backend: str, name: str, dtype: torch.dtype, ou
     x = torch.eye(256).repeat_interleave(group, 1) / 16
     sums = exact.view(rows, 256, group).double().sum(-1).T / 16
     size = exact.view(rows, 256, group).double().abs().sum(-1).T / 16
-    for found in (torch.cat([native.linear(token, weight, None) for token in x.split(1)]), native.linear(x, weight, None)):
+    for found in (
+        torch.cat([native.linear(token, weight, None) for token in x.split(1)]),
+        native.linear(x, weight, None),
+    ):
         # What belongs to another group meets zeros; NaN times zero is NaN.
         assert found.isnan().all() if sums.isnan().any() else found.isfinite().all()
     # Without NaN, and where products and tiles do not fall below the smallest float32.
@@ -186,7 +189,10 @@ def test_every_scale_of_one_byte(backend: str, name: str, dtype: torch.dtype, ou
     weight = Packed.with_small_scales(qdata, scale, None, name, (1, group), columns, outer=outer)
     exact = weight.dequantize().view(rows, 256, group).double()
     sums, size = exact.sum(-1).T / 16, exact.abs().sum(-1).T / 16
-    for found in (torch.cat([native.linear(token, weight, None) for token in x.split(1)]), native.linear(x, weight, None)):
+    for found in (
+        torch.cat([native.linear(token, weight, None) for token in x.split(1)]),
+        native.linear(x, weight, None),
+    ):
         assert torch.all((found.double() - sums).abs() <= 1e-6 * size + 1e-37)
 
 
@@ -295,8 +301,9 @@ def test_inputs_and_weights_need_not_be_contiguous(backend: str) -> None:
 @every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [1, 3, 40])
-def test_the_number_of_threads_changes_nothing(backend: str, count: int, dtype: torch.dtype) -> None:
-    weight, x = weight_of("int3-g32", 70, 300).packed(), torch.randn(count, 300).to(dtype)
+@pytest.mark.parametrize("scheme", ["int3-g32", "nvfp4", "nf4", "mxfp6-e3m2", "mxfp8"])
+def test_the_number_of_threads_changes_nothing(backend: str, scheme: str, count: int, dtype: torch.dtype) -> None:
+    weight, x = weight_of(scheme, 70, 300).packed(), torch.randn(count, 300).to(dtype)
     before, found = torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -323,7 +330,11 @@ def test_rows_out_of_range_are_refused(backend: str) -> None:
 @pytest.mark.skipif(cpu.BACKENDS["avx512_vnni"].missing is not None, reason="no such processor")
 @pytest.mark.parametrize(
     ("scheme", "reason"),
-    [("int4-g10", "group 10 is not a multiple of 4"), ("int3-g6-asym", "group 6 is not a multiple of 4")],
+    [
+        ("int4-g10", "group 10 is not a multiple of 4"),
+        ("int3-g6-asym", "group 6 is not a multiple of 4"),
+        ("nf4-g10", "group 10 is not a multiple of 4"),
+    ],
 )
 def test_refusals_have_reasons(scheme: str, reason: str) -> None:
     weight = weight_of(scheme, 8, 64)
@@ -358,8 +369,9 @@ def test_torch_multiplies_panels_where_that_is_faster(
 
 
 @every_backend
-def test_a_served_weight_says_so(backend: str) -> None:
-    kernel = weight_of("int4-g32", 8, 64).kernel().kernel
+@pytest.mark.parametrize("scheme", ["int4-g32", *ONE_BYTE, "float8-b128"])
+def test_a_served_weight_says_so(backend: str, scheme: str) -> None:
+    kernel = weight_of(scheme, 8, 64).kernel().kernel
     assert list(cpu.BACKENDS).index(kernel) <= list(cpu.BACKENDS).index(backend)
 
 
