@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmquant.formats import get_format
-from llmquant.kernels import reference, registry
+from llmquant.kernels import cpu, reference, registry
 from llmquant.kernels.packed import Packed
 from llmquant.primitives import dynamic
 from llmquant.primitives.blocks import block_counts
@@ -47,7 +47,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     """x [..., K], weight [N, K], bias [N] -> [..., N] in x's dtype. Differentiable in x and bias."""
     if _nobody_watches(x, weight, bias):
         return _linear(x, weight, bias)
-    return torch.ops.llmquant.linear(x, *weight, bias)
+    return torch.ops.llmquant.linear(x, *weight.widened(), bias)
 
 
 def linear_int8(
@@ -61,8 +61,8 @@ def linear_int8(
         return _linear_int8(x, weight, activation, bias, static)
     _check_static("linear_int8", activation, static)
     if static is not None:
-        return torch.ops.llmquant.linear_int8_static(x, *weight, *static, bias)
-    return torch.ops.llmquant.linear_int8(x, *weight, activation.group, activation.asymmetric, bias)
+        return torch.ops.llmquant.linear_int8_static(x, *weight.widened(), *static, bias)
+    return torch.ops.llmquant.linear_int8(x, *weight.widened(), activation.group, activation.asymmetric, bias)
 
 
 def linear_float8(
@@ -73,8 +73,8 @@ def linear_float8(
         return _linear_float8(x, weight, activation, bias, static)
     _check_static("linear_float8", activation, static)
     if static is not None:
-        return torch.ops.llmquant.linear_float8_static(x, *weight, static.scale, bias)
-    return torch.ops.llmquant.linear_float8(x, *weight, activation.group, bias)
+        return torch.ops.llmquant.linear_float8_static(x, *weight.widened(), static.scale, bias)
+    return torch.ops.llmquant.linear_float8(x, *weight.widened(), activation.group, bias)
 
 
 def linear_as(
@@ -107,14 +107,14 @@ def fake_quantize(x: Tensor, activation: Activation) -> Tensor:
 
 def matmul(x: Tensor, weight: Packed) -> Tensor:
     """x [..., N], weight [N, K] -> [..., K] in x's dtype. Differentiable in x."""
-    return torch.ops.llmquant.matmul(x, *weight)
+    return torch.ops.llmquant.matmul(x, *weight.widened())
 
 
 def embedding(indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
     """indices [...] int32 or int64, weight [N, K] -> [..., K] in `dtype`."""
     if _nobody_watches(indices, weight, None):
         return _embedding(indices, weight, dtype)
-    return torch.ops.llmquant.embedding(indices, *weight, dtype)
+    return torch.ops.llmquant.embedding(indices, *weight.widened(), dtype)
 
 
 def _nobody_watches(x: Tensor, weight: Packed | None = None, bias: Tensor | None = None) -> bool:
@@ -258,7 +258,7 @@ def _fake_quantize(x: Tensor, activation: Activation) -> Tensor:
     if not x.is_floating_point() or x.dim() < 1:
         raise RuntimeError(f"llmquant::fake_quantize needs floating tokens, not {x.dtype} {tuple(x.shape)}")
     _check_static("fake_quantize", activation, None)
-    return dynamic.fake_quantize(x, activation)
+    return cpu.fake_quantize(x, activation)
 
 
 def _matmul(x: Tensor, *args: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from llmquant.formats import get_format
@@ -25,13 +26,35 @@ class Packed(_Fields):
     """A logical [N, K] matrix in the neutral layout. Backends keep in it what they work out once (see `passing`).
 
     qdata: uint8 [N, ceil(K * bits / 8)], or what else the format's packing makes of K columns.
-    scale: [ceil(N / block rows), ceil(K / block columns)].
+    scale: [ceil(N / block rows), ceil(K / block columns)], in 16 or 32 bits, or in one byte (see `with_small_scales`).
     zero_point: uint8, packed along its rows at the format's bits, or None. While zero points are trained they may be
         real numbers instead: a float tensor of the scale's shape, which only the reference serves.
     format: a name in the table of formats.
     block: rows and columns that share a scale.
     columns: K.
     """
+
+    outer: Tensor | None = None
+    """float32 [1, 1] or [rows of `scale`, 1], by which scales of one byte are multiplied, or None."""
+
+    @classmethod
+    def with_small_scales(cls, *fields: Any, outer: Tensor | None) -> Packed:
+        """A matrix whose scales are float8_e8m0fnu, float8_e4m3fn or uint8, as they are stored."""
+        made = cls(*fields)
+        made.outer = outer
+        return made
+
+    def widened(self) -> Packed:
+        """The same matrix with scales of 16 or 32 bits, exactly as they are meant: copies, where they have one byte."""
+        if self.scale.itemsize > 1:
+            return self
+        return self._replace(scale=self.scales())
+
+    def scales(self) -> Tensor:
+        """The scale of each block, of the scale's shape, in 16 or 32 bits; those of one byte meet the outer scale."""
+        if self.scale.itemsize > 1:
+            return self.scale
+        return self.scale.to(torch.bfloat16) if self.outer is None else self.scale.float() * self.outer
 
     @property
     def rows(self) -> int:
@@ -54,7 +77,9 @@ class Packed(_Fields):
         """Rows start..stop as views; `start` must lie on a block's edge."""
         across = slice(start // self.block[0], -(-stop // self.block[0]))
         zero_point = None if self.zero_point is None else self.zero_point[across]
-        return self._replace(qdata=self.qdata[start:stop], scale=self.scale[across], zero_point=zero_point)
+        found = self._replace(qdata=self.qdata[start:stop], scale=self.scale[across], zero_point=zero_point)
+        found.outer = self.outer if self.outer is None or len(self.outer) == 1 else self.outer[across]
+        return found
 
     @property
     def has_real_zeros(self) -> bool:
@@ -71,7 +96,7 @@ class Packed(_Fields):
         """The matrix, float32 [N, K], exactly as the format defines it; differentiable in scale and real zeros."""
         fmt = get_format(self.format)
         codes = to_blocks(fmt.packing.unpack(self.qdata, fmt.bits, self.columns), self.block)
-        values = fmt.numerics.decode(codes, QParams(self.scale, self.zeros()), fmt)
+        values = fmt.numerics.decode(codes, QParams(self.scales(), self.zeros()), fmt)
         return from_blocks(values, self.rows, self.columns, self.block)
 
     def panels(self, elements: int = 2**19) -> list[tuple[int, int]]:

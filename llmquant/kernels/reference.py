@@ -43,6 +43,7 @@ def linear_int8(
     rounded once to float32, multiplied there by the scale of x and then by that of the weight, and added up in float32.
     """
     quantized = quantize_activation(x.reshape(x.shape[:-1].numel(), weight.columns), activation, static)
+    weight = weight.widened()
     # Float64 sums are exact in any order while they stay below 2^53 units. Codes are integers below 2^8; weights at
     # scale 1 are multiples of 1/2 below 2^8 (integers), of 2^-27 up to 1 (nf4), of 2^-9 below 2^9 (e4m3) or of 2^-16
     # below 2^16 (e5m2, which is exact for blocks of up to 2^13 columns, and beyond them rounded where float32 does not
@@ -86,7 +87,7 @@ def embedding(indices: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
 
 def _picked(weight: Packed, indices: Tensor) -> Packed:
     """The rows that `indices` [...] name, one after the other, each with a copy of its parameters."""
-    flat = indices.reshape(-1)
+    weight, flat = weight.widened(), indices.reshape(-1)
     blocks = flat // weight.block[0]
     return weight._replace(
         qdata=weight.qdata.index_select(0, flat),

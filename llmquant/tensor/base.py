@@ -260,9 +260,14 @@ class QuantizedTensor(torch.Tensor):
         state, kept = self.state(), self._packed
         # A scale may also be replaced by another view of its memory, one that requires a gradient.
         if kept is None or kept[0] != state or kept[1] is not scale:
-            packed = Packed(qdata, self.block_scales(), self.zero_point, m.format, m.block, m.columns)
+            packed = self.pack()
             kept = self._packed = state, scale, packed
         return kept[2]
+
+    def pack(self) -> Packed:
+        """`packed` made anew, of plain tensors."""
+        m = self.meta
+        return Packed(self.qdata, self.scale, self.zero_point, m.format, m.block, m.columns)
 
     @property
     def scale_dtype(self) -> torch.dtype:

@@ -21,6 +21,7 @@ const char* llmquant_kernels(int32_t, int32_t*);
 void llmquant_linear(int32_t, const Matrix*, const void*, int32_t, int64_t, const void*, int32_t, int32_t, int64_t, const float*,
                      const int8_t*, void*);
 int64_t llmquant_rows(int32_t, const Matrix*, const int64_t*, int64_t, int32_t, void*);
+void llmquant_round(const Rounding*);
 uint64_t llmquant_read(const uint64_t*, int64_t);
 }
 
@@ -52,10 +53,12 @@ uint32_t code_at(const uint8_t* row, int bits, int64_t i) {
     return code;
 }
 
+double scale_at(const Matrix& w, int64_t row, int64_t k) { return load_scale(w, row / w.shared, k / w.group); }
+
 double value_at(const Matrix& w, int64_t row, int64_t k) {
     const int64_t g = k / w.group;
     const uint32_t code = code_at(w.qdata + row * w.row_bytes, w.bits, k);
-    const double scale = load_float(w.scale, row / w.shared * w.groups + g, w.scale_type);
+    const double scale = scale_at(w, row, k);
     if (w.table) return w.table[code] * scale;
     const double zero = w.zero_point ? code_at(w.zero_point + row / w.shared * zero_bytes(w), w.bits, g) : w.midpoint;
     return (code - zero) * scale;
@@ -94,6 +97,47 @@ struct Case {
     }
 };
 
+// A scale of about 0.01, or what its type has in the place of it.
+void store_scale(const Matrix& w, uint8_t* data, int64_t i) {
+    if (w.scale_type <= FLOAT_BF16) return store_float(data, i, w.scale_type, 0.01f * (1.5f + normal()));
+    const int64_t lowest = w.scale_type == SCALE_E8M0 ? 117 : w.scale_type == SCALE_E4M3 ? 0 : 1;
+    data[i] = static_cast<uint8_t>(lowest + pick(0, w.scale_type == SCALE_E8M0 ? 8 : w.scale_type == SCALE_E4M3 ? 60 : 20));
+}
+
+// A table of few bits, which integers of one byte or two are, or are near to.
+void make_integers(Matrix* w, int16_t* integers, float* values) {
+    const int64_t reach[] = {12, 60, 448, 32512};
+    const int64_t most = reach[pick(0, 3)];
+    w->exact = static_cast<int32_t>(most < 32512 || pick(0, 1));
+    w->unit = w->exact ? most < 32512 ? 0.0625f : 0x1p-14f : 1.f / 32512.f;
+    for (int i = 0; i < 1 << w->bits; ++i) {
+        integers[i] = static_cast<int16_t>(pick(-most, most));
+        values[i] = static_cast<float>(integers[i]) * w->unit + (w->exact ? 0.f : 0.4f * w->unit);
+    }
+    w->integers = integers;
+}
+
+// Activations of any length, rounded in place of their own: nothing is read or written outside them.
+bool run_rounding() {
+    const int64_t tokens = pick(0, 20), columns = pick(0, 200), most = tokens * columns;
+    const int32_t type = static_cast<int32_t>(pick(0, 2)), rule = static_cast<int32_t>(pick(0, 5));
+    Guarded x(most * float_bytes(type)), out(most * float_bytes(type));
+    for (int64_t i = 0; i < most; ++i) store_float(x.data, i, type, normal());
+    const bool fp4 = rule != ROUND_FLOAT8;
+    const Rounding rounding = {x.data, out.data, tokens, columns, fp4 ? 16 * pick(1, 2) : pick(1, columns + 1), type, rule,
+                               static_cast<int32_t>(rule % 5 == 0 && pick(0, 1)), fp4 ? 1 : 3, fp4 ? 2 : 8, fp4 ? 6.f : 448.f,
+                               fp4 ? 1.f : 0x1p-6f, fp4 ? 0x1.8p22f : 0x1.8p20f};
+    llmquant_round(&rounding);
+    for (int64_t i = 0; i < most; ++i) {
+        const float before = load_float(x.data, i, type), after = load_float(out.data, i, type);
+        if (std::fabs(after - before) <= (fp4 ? 2.f : 0.5f)) continue;  // NaN fails; scales are those of about 4
+        std::printf("rounding rule %d, type %d, %lld x %lld: %g became %g\n", rule, type, (long long)tokens,
+                    (long long)columns, before, after);
+        return false;
+    }
+    return true;
+}
+
 bool run_case(const std::vector<std::string>& names, const std::vector<int32_t>& which) {
     const bool big = pick(0, 9) == 0;
     Matrix w{};
@@ -105,17 +149,21 @@ bool run_case(const std::vector<std::string>& names, const std::vector<int32_t>&
     w.group = pick(0, 4) == 0 ? w.columns : std::min(w.columns, unit * pick(1, 6));
     w.groups = (w.columns + w.group - 1) / w.group;
     w.row_bytes = (w.columns * w.bits + 7) / 8;
-    const bool table = w.bits == 8 && pick(0, 2) == 0, shared = pick(0, 3) == 0;
+    const bool table = w.bits % 2 == 0 && w.bits >= 4 && pick(0, 1), shared = pick(0, 3) == 0;
     const bool zeros = !table && pick(0, 1);
     w.shared = shared ? pick(1, w.rows) : 1;
     const int64_t scale_rows = (w.rows + w.shared - 1) / w.shared;
-    w.scale_type = static_cast<int32_t>(pick(0, 2));
+    w.scale_type = static_cast<int32_t>(pick(0, table ? 5 : 2));
     w.midpoint = w.bits == 1 ? 0.5f : static_cast<float>(1 << (w.bits - 1));
-    Guarded qdata(w.rows * w.row_bytes), scale(scale_rows * w.groups * float_bytes(w.scale_type));
+    Guarded qdata(w.rows * w.row_bytes), scale(scale_rows * w.groups * scale_bytes(w));
     Guarded points(zeros ? scale_rows * zero_bytes(w) : 0), values(256 * 4);
     for (size_t i = 0; i < qdata.size; ++i) qdata.data[i] = static_cast<uint8_t>(random_bits());
     for (size_t i = 0; i < points.size; ++i) points.data[i] = static_cast<uint8_t>(random_bits());
-    for (int64_t i = 0; i < scale_rows * w.groups; ++i) store_float(scale.data, i, w.scale_type, 0.01f * (1.5f + normal()));
+    for (int64_t i = 0; i < scale_rows * w.groups; ++i) store_scale(w, scale.data, i);
+    w.outer_step = pick(0, 1);
+    Guarded outer(w.outer_step ? scale_rows * 4 : 4), integers(table && w.bits < 8 ? 2 << w.bits : 0);
+    for (size_t i = 0; i < outer.size / 4; ++i) reinterpret_cast<float*>(outer.data)[i] = 0.3f + 0.1f * normal();
+    if (w.scale_type > FLOAT_BF16 && pick(0, 1)) w.outer = reinterpret_cast<const float*>(outer.data);
     for (int i = 0; i < 256; ++i) {  // e5m2 without its infinities: a sign, and numbers that bfloat16 holds
         const float magnitude = half_to_float(static_cast<uint16_t>(std::min(i & 127, 0x7b) << 8));
         reinterpret_cast<float*>(values.data)[i] = i & 128 ? -magnitude : magnitude;
@@ -124,9 +172,10 @@ bool run_case(const std::vector<std::string>& names, const std::vector<int32_t>&
     w.scale = scale.data;
     w.zero_point = zeros ? points.data : nullptr;
     w.table = table ? reinterpret_cast<const float*>(values.data) : nullptr;
+    if (integers.size) make_integers(&w, reinterpret_cast<int16_t*>(integers.data), reinterpret_cast<float*>(values.data));
 
     const int64_t count = pick(0, big ? 70 : 20), groups_of[] = {32, 128, w.columns, pick(1, w.columns)};
-    const int32_t type = static_cast<int32_t>(pick(0, 2)), activation = table ? 0 : static_cast<int32_t>(pick(0, 2));
+    const int32_t type = static_cast<int32_t>(pick(0, 2)), activation = table && !w.exact ? 0 : static_cast<int32_t>(pick(0, 2));
     const int32_t bias_type = static_cast<int32_t>(pick(0, 2));
     const bool biased = pick(0, 1);
     const float tiny = type == FLOAT_F32 && pick(0, 9) == 0 ? 0x1p-110f : 1.f;  // tiles leave such tokens to plain loops
@@ -152,9 +201,9 @@ bool run_case(const std::vector<std::string>& names, const std::vector<int32_t>&
     for (size_t n = 0; n < names.size() && !at.failed; ++n) {
         char text[300];
         std::snprintf(text, sizeof text,
-                      "%s: int%d%s %lld x %lld, group %lld, %s%s, scale type %d, %lld inputs of type %d, activation %d in %lld",
-                      names[n].c_str(), w.bits, table ? " table" : "", (long long)w.rows, (long long)w.columns,
-                      (long long)w.group, zeros ? "asymmetric" : "symmetric", shared ? ", rows share" : "", w.scale_type,
+                      "%s: int%d%s %lld x %lld, group %lld, %s%s%s, scale type %d, %lld inputs of type %d, activation %d in %lld",
+                      names[n].c_str(), w.bits, table ? w.exact ? " exact table" : " table" : "", (long long)w.rows, (long long)w.columns,
+                      (long long)w.group, zeros ? "asymmetric" : "symmetric", shared ? ", rows share" : "", w.outer ? ", outer" : "", w.scale_type,
                       (long long)count, type, activation, (long long)group);
         at.text = text;
         Guarded out(count * w.rows * float_bytes(type)), decoded(w.rows * w.columns * float_bytes(type));
@@ -167,15 +216,17 @@ bool run_case(const std::vector<std::string>& names, const std::vector<int32_t>&
         const double last = type == FLOAT_F32 ? 1e-6 : type == FLOAT_F16 ? 5e-4 : 4e-3;
         for (int64_t i = 0; i < count * w.rows; ++i) {
             const double add = biased ? load_float(bias.data, i % w.rows, bias_type) : 0.;
-            double exact = add, size = std::fabs(add), weight = 0, largest = 0;
+            double exact = add, size = std::fabs(add), weight = 0, largest = 0, between = 0;  // `between`: from the table to its nearest integers
             for (int64_t k = 0; k < w.columns; ++k) {
                 const double product = seen[i / w.rows * w.columns + k] * weights[i % w.rows * w.columns + k];
                 exact += product;
                 size += std::fabs(product);
                 weight += std::fabs(weights[i % w.rows * w.columns + k]);
+                if (w.integers && !w.exact)
+                    between += w.unit * std::fabs(scale_at(w, i % w.rows, k) * seen[i / w.rows * w.columns + k]);
                 largest = std::max(largest, std::fabs(seen[i / w.rows * w.columns + k]));
             }
-            at.check(load_float(out.data, i, type), exact, last * std::fabs(exact) + sums * size + steps * weight * largest + 1e-7, "out", i);
+            at.check(load_float(out.data, i, type), exact, last * std::fabs(exact) + sums * size + steps * weight * largest + between + 1e-7, "out", i);
         }
         std::vector<int64_t> indices(w.rows);
         for (int64_t& index : indices) index = pick(0, w.rows - 1);
@@ -203,7 +254,7 @@ int main(int argc, char** argv) {
     Guarded words(8 * 1001, 1);
     if (llmquant_read(reinterpret_cast<uint64_t*>(words.data), 1001) != 0x0101010101010101u) return 1;
     for (int64_t i = 0; i < count; ++i)
-        if (!run_case(names, which)) return 1;
+        if (!run_case(names, which) || !run_rounding()) return 1;
     std::string list;
     for (const std::string& name : names) list += " " + name;
     std::printf("%lld cases right on%s\n", static_cast<long long>(count), list.c_str());

@@ -21,7 +21,17 @@ MISSING = cpu.BACKENDS["avx512_vnni"].missing
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 TOKENS, WIDTHS, EPS = (1, 2, 3, 5), (8, 64, 100, 576, 1000), 1e-5
-SCHEMES = ("int4-g32", "int4-g32-asym", "int3-g16-asym", "int8-row", "int8-g32", "int4-tensor")
+SCHEMES = (
+    "int4-g32",
+    "int4-g32-asym",
+    "int3-g16-asym",
+    "int8-row",
+    "int8-g32",
+    "int4-tensor",
+    "mxfp4",
+    "nvfp4",
+    "mxfp6-e3m2",
+)
 ACTIVATIONS = (None, Activation(32), Activation(32, True), Activation(0), Activation(0, True), Activation(64))
 ROWS = 37  # neither a multiple of a vector nor of two threads
 
@@ -165,13 +175,23 @@ def test_products_with_static_scales_are_those_of_the_operators(asymmetric: bool
         assert_same_bits(found, ops.linear_int8(x, weight, activation, None, static))
 
 
+@every_dtype
+def test_products_of_nf4(dtype: torch.dtype) -> None:
+    """Two bytes a number; plain inputs only."""
+    for width, tokens in product(WIDTHS, TOKENS):
+        weight, made, x = weight_of("nf4", width), Chain(tokens, dtype), wide(dtype, tokens, width)
+        found = made.linear(x, weight, None, None)
+        made.run()
+        assert_same_bits(found, ops.linear(x, weight))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @every_activation
 @every_dtype
 @pytest.mark.usefixtures("threads")
 def test_what_is_not_finite_comes_out_as_nan(bad: float, activation: Activation | None, dtype: torch.dtype) -> None:
     """With int8 activations the other tokens keep their bits; without, what shares a product with it is NaN too."""
-    for scheme, width in product(("int4-g32-asym", "int8-row"), (64, 576)):
+    for scheme, width in product(("int4-g32-asym", "int8-row", "nvfp4"), (64, 576)):
         weight, x = weight_of(scheme, width), torch.randn(3, width).to(dtype)
         x[1, width // 2 + 8] = bad
         made = Chain(3, dtype)
@@ -385,6 +405,9 @@ def test_a_tensor_that_native_code_would_misread_is_refused(wrong: str) -> None:
 
 REFUSALS: dict[str, tuple[str, int, Activation | None, str | None]] = {
     "float8": ("float8-row", 64, None, "no integer products of float8"),
+    "nf4": ("nf4", 64, None, None),
+    "nf4 and integers": ("nf4", 64, Activation(32), "no integer products of nf4"),
+    "mxfp8": ("mxfp8", 64, None, "no integer products of mxfp8"),
     "groups of 10": ("int4-g10", 100, None, "avx512 serves the weights"),
     "activations in 20": ("int4-g32", 64, Activation(20), "activation groups of 20 are no multiple of 32"),
     "activations in 8 columns": ("int4-g32", 8, Activation(32), "no multiple of 32"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmquant.config.schemes import parse_scheme
 from llmquant.errors import ConfigError
+from llmquant.formats import get_format
 from llmquant.kernels import cpu, ops, reference, registry
 from llmquant.kernels.packed import Packed
 from llmquant.primitives.dynamic import Activation, dequantize_activation, quantize_activation
@@ -32,7 +33,11 @@ SCHEMES = [
     *(f"int{bits}-{group}" for bits in (3, 8) for group in ("g12", "g48", "row-asym", "row", "tensor")),
     *(f"int{bits}-g128{zero}" for bits in (3, 4, 8) for zero in ("", "-asym")),
     *(f"{kind}-{group}" for kind in ("float8", "float8-e5m2") for group in ("row", "tensor")),
+    *("mxfp4", "mxfp6-e2m3", "mxfp6-e3m2", "mxfp8", "mxfp8-e5m2", "nvfp4", "nf4", "nf4-single"),
+    *("nf4-g12", "nf4-g48", "nf4-single-g128", "int4-g48-asym"),
+    *("float8-b128", "float8-b16x48", "float8-b16x32"),
 ]
+ONE_BYTE = ["mxfp4", "mxfp6-e2m3", "nvfp4", "mxfp6-e3m2", "nf4", "mxfp8"]  # scales, some with an outer one
 ACTIVATIONS = [Activation(group, asymmetric) for group in (0, 20, 32, 256) for asymmetric in (False, True)]
 
 every_backend = pytest.mark.parametrize(
@@ -93,7 +98,7 @@ def test_linear_is_as_exact_as_its_dtype(backend: str, scheme: str, dtype: torch
 
 @every_backend
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.scheme)
-@pytest.mark.parametrize("scheme", [*SCHEMES[::3], "int3-g128-asym", "int4-g128", "int1-row"])
+@pytest.mark.parametrize("scheme", [*SCHEMES[::3], "int3-g128-asym", "int4-g128", "int1-row", *ONE_BYTE[::2]])
 def test_int8_activations_follow_the_code_rule(backend: str, scheme: str, activation: Activation) -> None:
     for weight in cases(backend, scheme):
         for dtype, count in ((torch.float32, 3), (torch.bfloat16, 5), (torch.float16, 1), (torch.bfloat16, 35)):
@@ -138,6 +143,66 @@ def test_no_input_gives_no_output(backend: str, scheme: str) -> None:
                 rows = ops.embedding(torch.empty(before, dtype=torch.int64), weight, dtype)
             assert {(y.dtype, tuple(y.shape)) for y in found} == {(dtype, (*before, weight.rows))}
             assert (rows.dtype, tuple(rows.shape)) == (dtype, (*before, weight.columns))
+
+
+SMALL_SCALES = (
+    ("mxfp4", torch.float8_e8m0fnu, 0),
+    ("mxfp6-e2m3", torch.float8_e8m0fnu, 0),
+    ("mxfp8", torch.float8_e8m0fnu, 0),
+    ("nvfp4", torch.float8_e4m3fn, 1),
+    ("nf4", torch.uint8, 5),
+)
+
+
+@every_backend
+@pytest.mark.parametrize(("name", "dtype", "outers"), SMALL_SCALES)
+def test_every_scale_of_one_byte(backend: str, name: str, dtype: torch.dtype, outers: int) -> None:
+    """NaN, zeros, subnormal ones and negative ones among them, under one outer scale, one a row, or none."""
+    fmt, rows = get_format(name), 5
+    group = fmt.group_size or 0
+    columns = 256 * group
+    qdata = torch.randint(256, (rows, fmt.row_bytes(columns)), dtype=torch.uint8)
+    if fmt.bits == 8:  # e4m3 has NaN, too
+        qdata = qdata % 0x7F
+    scale = torch.arange(256).to(torch.uint8).repeat(rows, 1).view(dtype)
+    outer = torch.rand(outers, 1) + 0.5 if outers else None
+    weight = Packed.with_small_scales(qdata, scale, None, name, (1, group), columns, outer=outer)
+    exact = weight.dequantize()
+    wide = weight.widened()
+    assert wide.scale.itemsize > 1 and torch.equal(wide.dequantize().nan_to_num(), exact.nan_to_num())
+    native = cpu.BACKENDS[backend]
+    for kind in DTYPES:
+        torch.testing.assert_close(native.dequantize(weight, kind), exact.to(kind), rtol=0, atol=0, equal_nan=True)
+    # One scale a column of the product: inputs that pick the columns of one group at a time.
+    x = torch.eye(256).repeat_interleave(group, 1) / 16
+    sums = exact.view(rows, 256, group).double().sum(-1).T / 16
+    size = exact.view(rows, 256, group).double().abs().sum(-1).T / 16
+    for found in (
+        torch.cat([native.linear(token, weight, None) for token in x.split(1)]),
+        native.linear(x, weight, None),
+    ):
+        # What belongs to another group meets zeros; NaN times zero is NaN.
+        assert found.isnan().all() if sums.isnan().any() else found.isfinite().all()
+    # Without NaN, and where products and tiles do not fall below the smallest float32.
+    kept = sums.isfinite().all(1) & (size.amax(1) < 1e30) & (size.amax(1) > 1e-30)
+    scale = torch.where(kept, scale.view(torch.uint8), 0x38).to(torch.uint8).view(dtype)
+    weight = Packed.with_small_scales(qdata, scale, None, name, (1, group), columns, outer=outer)
+    exact = weight.dequantize().view(rows, 256, group).double()
+    sums, size = exact.sum(-1).T / 16, exact.abs().sum(-1).T / 16
+    for found in (
+        torch.cat([native.linear(token, weight, None) for token in x.split(1)]),
+        native.linear(x, weight, None),
+    ):
+        assert torch.all((found.double() - sums).abs() <= 1e-6 * size + 1e-37)
+
+
+@every_backend
+@pytest.mark.parametrize("scheme", ["mxfp4", "nvfp4", "mxfp6-e3m2", "nf4", "mxfp8", "float8-b128"])
+def test_panels_of_rows_keep_their_outer_scales(backend: str, scheme: str) -> None:
+    weight = weight_of(scheme, 260, 96).packed()
+    exact, x = weight.dequantize(), torch.randn(3, 260)
+    assert torch.equal(weight.panel(128, 200).dequantize(), exact[128:200])
+    torch.testing.assert_close(cpu.BACKENDS[backend].matmul(x, weight), x @ exact, rtol=1e-4, atol=1e-4)
 
 
 @every_backend
@@ -236,8 +301,9 @@ def test_inputs_and_weights_need_not_be_contiguous(backend: str) -> None:
 @every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [1, 3, 40])
-def test_the_number_of_threads_changes_nothing(backend: str, count: int, dtype: torch.dtype) -> None:
-    weight, x = weight_of("int3-g32", 70, 300).packed(), torch.randn(count, 300).to(dtype)
+@pytest.mark.parametrize("scheme", ["int3-g32", "nvfp4", "nf4", "mxfp6-e3m2", "mxfp8"])
+def test_the_number_of_threads_changes_nothing(backend: str, scheme: str, count: int, dtype: torch.dtype) -> None:
+    weight, x = weight_of(scheme, 70, 300).packed(), torch.randn(count, 300).to(dtype)
     before, found = torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -264,7 +330,11 @@ def test_rows_out_of_range_are_refused(backend: str) -> None:
 @pytest.mark.skipif(cpu.BACKENDS["avx512_vnni"].missing is not None, reason="no such processor")
 @pytest.mark.parametrize(
     ("scheme", "reason"),
-    [("int4-g10", "group 10 is not a multiple of 4"), ("int3-g6-asym", "group 6 is not a multiple of 4")],
+    [
+        ("int4-g10", "group 10 is not a multiple of 4"),
+        ("int3-g6-asym", "group 6 is not a multiple of 4"),
+        ("nf4-g10", "group 10 is not a multiple of 4"),
+    ],
 )
 def test_refusals_have_reasons(scheme: str, reason: str) -> None:
     weight = weight_of(scheme, 8, 64)
@@ -299,8 +369,9 @@ def test_torch_multiplies_panels_where_that_is_faster(
 
 
 @every_backend
-def test_a_served_weight_says_so(backend: str) -> None:
-    kernel = weight_of("int4-g32", 8, 64).kernel().kernel
+@pytest.mark.parametrize("scheme", ["int4-g32", *ONE_BYTE, "float8-b128"])
+def test_a_served_weight_says_so(backend: str, scheme: str) -> None:
+    kernel = weight_of(scheme, 8, 64).kernel().kernel
     assert list(cpu.BACKENDS).index(kernel) <= list(cpu.BACKENDS).index(backend)
 
 

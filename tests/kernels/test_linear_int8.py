@@ -58,7 +58,7 @@ def at_scale_one(weight: Packed) -> np.ndarray:
 def by_loops(x: Tensor, weight: Packed, activation: Activation) -> tuple[Tensor, Tensor]:
     """The product [T, N] in float64, integers first, and the sum of the magnitudes of what is added up."""
     taken, width = quantize_activation(x, activation), activation.width(weight.columns)
-    codes, x_scale, w_scale = taken.codes.tolist(), taken.scale.tolist(), weight.scale.tolist()
+    codes, x_scale, w_scale = taken.codes.tolist(), taken.scale.tolist(), weight.scales().tolist()
     points = None if taken.zero_point is None else taken.zero_point.tolist()
     values = at_scale_one(weight).tolist()
     out, size = torch.zeros(2, len(codes), weight.rows, dtype=torch.float64)

@@ -13,14 +13,9 @@ from torch import Tensor
 from llmquant.errors import ConfigError
 from llmquant.formats import get_format
 from llmquant.kernels.cpu import library
+from llmquant.kernels.cpu.rounding import fake_quantize
 from llmquant.kernels.packed import Packed
-from llmquant.primitives.dynamic import (
-    Activation,
-    StaticScale,
-    dequantize_activation,
-    fake_quantize,
-    quantize_activation,
-)
+from llmquant.primitives.dynamic import Activation, StaticScale, dequantize_activation, quantize_activation
 from llmquant.primitives.spec import QParams
 
 _PANEL_ELEMENTS = 2**20
@@ -95,9 +90,7 @@ class Native:
         if self.traits.plain or step is None:
             return None
         if fmt.storage == "scaled":
-            if fmt.bits != 8:
-                return f"it has no fast way to decode {format_name}"
-            step = 16
+            step = 16 if fmt.bits == 8 else 4
         if block[1] % step and block[1] < columns:
             return f"group {block[1]} is not a multiple of {step}"
         return None
@@ -117,15 +110,19 @@ class Native:
     def _wants_panels(self, dtype: torch.dtype, count: int, weight: Packed) -> bool:
         """Whether torch's product on decoded panels is the faster one for that many inputs, more than a few."""
         most = self.traits.most_inputs.get(dtype)
-        if (self.traits.plain or self.traits.most_inputs) and not self._has_integers(weight):
+        if (self.traits.plain or self.traits.most_inputs) and not self._has_integers(weight, dtype):
             most = _FEW
         return most is not None and count > most
 
-    def _has_integers(self, weight: Packed) -> bool:
+    def _has_integers(self, weight: Packed, dtype: torch.dtype) -> bool:
+        """Whether products of inputs of a dtype with the weight are those of integers."""
         step, group = self.traits.step, weight.block[1]
-        if step is None or get_format(weight.format).storage != "affine":
+        if step is None or not (group % step == 0 or group >= weight.columns):
             return False
-        return group % step == 0 or group >= weight.columns
+        if get_format(weight.format).storage == "affine":
+            return True
+        integers = None if self.traits.plain else matrix_of(weight).integers
+        return integers is not None and (integers.exact or dtype != torch.float32)
 
     def _linear(
         self,
@@ -171,10 +168,10 @@ class Native:
     ) -> Tensor:
         """The same with x in int8 codes (see `primitives.dynamic`): integer products, float32 scaling.
 
-        Tiles (many bfloat16 inputs) take code x scale and the weights as the nearest bfloat16. Codes of float8 weights
-        are no integers: they meet what the activation's codes stand for.
+        Tiles (many bfloat16 inputs) take code x scale and the weights as the nearest bfloat16. Weights whose numbers
+        are no few integers (float8, nf4) meet what the activation's codes stand for.
         """
-        if get_format(weight.format).storage == "scaled" or x.dtype not in library.FLOAT_TYPES:
+        if not _are_integers(weight.format) or x.dtype not in library.FLOAT_TYPES:
             seen = dequantize_activation(quantize_activation(x, activation, static), activation)
             return self.linear(seen, weight, bias).to(x.dtype)
         kind, group = 2 if activation.asymmetric else 1, activation.width(weight.columns)
@@ -237,13 +234,17 @@ class NativeMatrix:
 
     def __init__(self, weight: Packed) -> None:
         fmt = get_format(weight.format)
-        scale = weight.scale if weight.scale.dtype in library.FLOAT_TYPES else weight.scale.float()
+        scale = weight.scale if weight.scale.dtype in library.SCALE_TYPES else weight.scale.float()
         qdata, scale = weight.qdata.contiguous(), scale.contiguous()
         zero_point = None if weight.zero_point is None else weight.zero_point.contiguous()
+        outer = None if weight.outer is None else weight.outer.contiguous()
         table = _table(weight.format) if fmt.storage == "scaled" else None
-        self.tensors = (qdata, scale, zero_point, table)
+        self.integers = _integers(weight.format) if fmt.storage == "scaled" else None
+        codes = self.integers.codes if self.integers else None
+        self.tensors = (qdata, scale, zero_point, table, codes, outer)
+        *first, codes_at, outer_at = (None if t is None else t.data_ptr() for t in self.tensors)
         self.matrix = library.Matrix(
-            *(None if t is None else t.data_ptr() for t in self.tensors),
+            *first,
             weight.rows,
             weight.columns,
             qdata.shape[1],
@@ -251,8 +252,13 @@ class NativeMatrix:
             weight.block[1],
             weight.block[0],
             fmt.bits,
-            library.FLOAT_TYPES[scale.dtype],
+            library.SCALE_TYPES[scale.dtype],
             fmt.midpoint,
+            self.integers.unit if self.integers else 1.0,
+            codes_at,
+            outer_at,
+            0 if outer is None or len(outer) == 1 else 1,
+            int(self.integers is not None and self.integers.exact),
         )
         self.address = ctypes.addressof(self.matrix)
 
@@ -272,6 +278,46 @@ def _table(format_name: str) -> Tensor:
     codes = torch.arange(fmt.top_code + 1, dtype=torch.uint8).reshape(1, 1, -1)
     ones = torch.ones(1, 1)
     return fmt.numerics.decode(codes, QParams(ones), fmt).reshape(-1).float().contiguous()
+
+
+class Integers(NamedTuple):
+    """A format's table as integers, times a unit.
+
+    codes: int16 [2^bits].
+    exact: whether they are the table, else they are its nearest 16 bits.
+    """
+
+    codes: Tensor
+    unit: float
+    exact: bool
+
+
+_MOST = 127 * 256.0  # of integers that two signed bytes make up
+
+
+@functools.cache
+def _integers(format_name: str) -> Integers | None:
+    """The table of up to six bits in integers for products of integers, or None for a longer one.
+
+    Numbers of few bits are multiples of the largest power of two that divides them all.
+    """
+    table = _table(format_name)
+    if len(table) > 64:
+        return None
+    unit = 1.0
+    while unit > 2.0**-16 and (table / unit).frac().any():
+        unit /= 2
+    exact = not (table / unit).frac().any() and float(table.abs().max()) / unit <= _MOST
+    unit = unit if exact else float(table.abs().max()) / _MOST
+    return Integers((table / unit).round().to(torch.int16), unit, exact)
+
+
+def _are_integers(format_name: str) -> bool:
+    """Whether all numbers of a format are integers of 16 bits at most, times a unit."""
+    if get_format(format_name).storage == "affine":
+        return True
+    integers = _integers(format_name)
+    return integers is not None and integers.exact
 
 
 def missing() -> str | None:

@@ -59,7 +59,8 @@ def refusal(weight: Packed, activation: Activation | None) -> str | None:
     choice = registry.choose(weight.format, weight.block, weight.columns, weight.qdata.device.type)
     if choice.kernel not in _KERNELS:
         return f"{choice.kernel} serves the weights"
-    if matrix_of(weight).matrix.table is not None:
+    matrix = matrix_of(weight).matrix
+    if matrix.table is not None and (matrix.integers is None or not (matrix.exact or activation is None)):
         return f"there are no integer products of {weight.format}"
     if activation is not None and activation.dtype != INT8:
         return f"activations are {activation.dtype}"

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+SCALE_TYPES = FLOAT_TYPES | {torch.float8_e8m0fnu: 3, torch.float8_e4m3fn: 4, torch.uint8: 5}
 
 
 class Matrix(ctypes.Structure):
@@ -29,6 +30,31 @@ class Matrix(ctypes.Structure):
         ("bits", c_int32),
         ("scale_type", c_int32),
         ("midpoint", c_float),
+        ("unit", c_float),
+        ("integers", c_void_p),
+        ("outer", c_void_p),
+        ("outer_step", c_int64),
+        ("exact", c_int32),
+    )
+
+
+class Rounding(ctypes.Structure):
+    """`struct Rounding` of csrc/matrix.h."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("out", c_void_p),
+        ("tokens", c_int64),
+        ("columns", c_int64),
+        ("group", c_int64),
+        ("type", c_int32),
+        ("rule", c_int32),
+        ("together", c_int32),
+        ("mantissa_bits", c_int32),
+        ("largest_exponent", c_int32),
+        ("largest", c_float),
+        ("least_normal", c_float),
+        ("anchor", c_float),
     )
 
 
@@ -52,6 +78,7 @@ _SIGNATURES = {
         ),
     ),
     "llmquant_rows": (c_int64, (c_int32, c_void_p, c_void_p, c_int64, c_int32, c_void_p)),
+    "llmquant_round": (None, (POINTER(Rounding),)),
     "llmquant_chain": (None, (c_void_p, c_int64, c_int64, c_int32)),
     "llmquant_can_attend": (c_int32, (c_int32,)),
     "llmquant_read": (c_uint64, (c_void_p, c_int64)),

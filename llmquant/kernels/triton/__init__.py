@@ -115,7 +115,7 @@ def tiles(tokens: int) -> dict[str, int]:
 def _launch(tokens: Tensor, weight: Packed, bias: Tensor | None, out: Tensor) -> None:
     shape = tiles(len(tokens))
     grid = (-(-weight.rows // shape["tile_rows"]), -(-len(tokens) // shape["tile_tokens"]))
-    qdata, scale = weight.qdata.contiguous(), weight.scale.contiguous()
+    qdata, scale = weight.qdata.contiguous(), weight.scales().contiguous()
     bias = None if bias is None else bias.contiguous()
     fmt = get_format(weight.format)
     name, extra = _to_steps(weight)

@@ -18,6 +18,14 @@ const Kernels* const ALL[] = {
     &PORTABLE,
 };
 
+const Kernels& fastest_plain() {
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (PLAIN_AVX512.present()) return PLAIN_AVX512;
+    if (PLAIN_AVX2.present()) return PLAIN_AVX2;
+#endif
+    return PORTABLE;
+}
+
 }  // namespace
 
 extern "C" {
@@ -34,6 +42,11 @@ void llmquant_linear(int32_t kernels, const Matrix* w, const void* x, int32_t ty
                      const int8_t* zero_point, void* out) {
     if (!count) return;  // an expert that no token chose
     ALL[kernels]->linear(*w, {x, bias, out, count, group, type, bias_type, activation, {scale, zero_point}});
+}
+
+// Activations as their codes stand for them.
+void llmquant_round(const Rounding* rounding) {
+    if (rounding->tokens && rounding->columns) fastest_plain().round(*rounding);
 }
 
 // Operators one after the other on few tokens of a half type, where the set "avx512_vnni" can run.

@@ -214,7 +214,7 @@ void strip_linear(const Matrix& w, const Inputs& in, ChooseDot choose_dot, const
 }
 
 void linear(const Matrix& w, const Inputs& in, ChooseDot choose_dot, const Kernels& plain) {
-    if (!fits_strips(w, in)) return plain.linear(w, in);
+    if (w.table || !fits_strips(w, in)) return plain.linear(w, in);
     in_parts(w, in, MOST_IN_PLANES,
              [&](const Matrix&, const Inputs& part) { strip_linear(w, part, choose_dot, plain); });
 }

@@ -37,8 +37,14 @@ struct Decoder {
             scale = _mm512_i32gather_ps(at, groups.scale, 4);
             zero = _mm512_i32gather_ps(at, groups.zero, 4);
         }
-        if (w.table) return _mm512_mul_ps(_mm512_i32gather_ps(code, w.table, 4), scale);
+        if (w.table) return _mm512_mul_ps(look_up(code), scale);
         return _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(code), zero), scale);
+    }
+
+   private:
+    __attribute__((always_inline)) TARGET inline __m512 look_up(__m512i code) const {
+        if (w.bits != 4) return _mm512_i32gather_ps(code, w.table, 4);
+        return _mm512_permutexvar_ps(code, _mm512_loadu_ps(w.table));
     }
 };
 

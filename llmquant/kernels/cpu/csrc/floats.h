@@ -50,6 +50,27 @@ inline float load_float(const void* data, int64_t i, int32_t type) {
     return type == FLOAT_F16 ? half_to_float(h) : bfloat_to_float(h);
 }
 
+inline float e8m0_to_float(uint8_t code) {
+    return float_of(code == 0xff ? 0x7fc00000u : code ? static_cast<uint32_t>(code) << 23 : 0x00400000u);
+}
+
+inline float e4m3_to_float(uint8_t code) {
+    if ((code & 0x7f) == 0x7f) return float_of(0x7fc00000u);
+    const uint16_t half = static_cast<uint16_t>((code & 0x80) << 8 | (code & 0x7f) << 7);
+    return half_to_float(half) * 256.f;  // the exponent of float16 is off by 8
+}
+
+// The scale of group `g` in a row of scales.
+inline float load_scale(const Matrix& w, int64_t scale_row, int64_t g) {
+    const int64_t i = scale_row * w.groups + g;
+    const uint8_t* bytes = static_cast<const uint8_t*>(w.scale);
+    const float scale = w.scale_type == SCALE_E8M0   ? e8m0_to_float(bytes[i])
+                        : w.scale_type == SCALE_E4M3 ? e4m3_to_float(bytes[i])
+                        : w.scale_type == SCALE_U8   ? static_cast<float>(bytes[i])
+                                                     : load_float(w.scale, i, w.scale_type);
+    return w.outer ? scale * w.outer[scale_row * w.outer_step] : scale;
+}
+
 inline void store_float(void* data, int64_t i, int32_t type, float value) {
     if (type == FLOAT_F32)
         static_cast<float*>(data)[i] = value;

@@ -38,7 +38,7 @@ void unpack(int bits, const uint8_t* row, int64_t row_bytes, int64_t count, uint
 struct Row {
     uint8_t *codes, *zeros;
     float scale(const Matrix& w, int64_t row, int64_t g) const {
-        return load_float(w.scale, row / w.shared * w.groups + g, w.scale_type);
+        return load_scale(w, row / w.shared, g);
     }
     float zero(const Matrix& w, int64_t g) const { return w.zero_point ? zeros[g] : w.midpoint; }
 };
@@ -72,7 +72,7 @@ void rows(const Matrix& w, const int64_t* indices, int64_t count, int32_t type, 
 }
 
 // Integer products: segments are the columns between any two neighbouring borders of weight and activation groups.
-// A zero of 0.5 (one bit) is made whole by doubling codes and zero and halving the scale.
+// A zero of 0.5 (one bit) is made whole by doubling codes and zero and halving the scale. Codes of a table are its integers.
 float dot_codes(const Matrix& w, const Inputs& in, int64_t row, const Row& at, const int16_t* numbers,
                 const int16_t* x, const float* scales, float unit) {
     float total = 0;
@@ -96,6 +96,7 @@ void linear_codes(const Matrix& w, const Inputs& in) {
     const int64_t groups = (w.columns + in.group - 1) / in.group;
     const bool doubled = !w.zero_point && w.midpoint != static_cast<int32_t>(w.midpoint);
     const int32_t times = doubled ? 2 : 1;
+    const float unit = w.table ? w.unit : 1.f / times;
     int16_t* codes = scratch<int16_t>(3, in.count * w.columns);
     float* scales = scratch<float>(4, in.count * groups);
 #pragma omp parallel
@@ -114,12 +115,13 @@ void linear_codes(const Matrix& w, const Inputs& in) {
             for (int64_t g = 0; g < w.groups; ++g) {
                 const int64_t start = g * w.group, stop = start + w.group < w.columns ? start + w.group : w.columns;
                 const int16_t zero = static_cast<int16_t>(at.zero(w, g) * times);
-                for (int64_t k = start; k < stop; ++k) numbers[k] = static_cast<int16_t>(at.codes[k] * times - zero);
+                for (int64_t k = start; k < stop; ++k)
+                    numbers[k] = w.table ? w.integers[at.codes[k]] : static_cast<int16_t>(at.codes[k] * times - zero);
             }
             const float add = in.bias ? load_float(in.bias, row, in.bias_type) : 0.f;
             for (int64_t i = 0; i < in.count; ++i)
                 store_float(in.out, i * w.rows + row, in.type,
-                            dot_codes(w, in, row, at, numbers, codes + i * w.columns, scales + i * groups, 1.f / times) +
+                            dot_codes(w, in, row, at, numbers, codes + i * w.columns, scales + i * groups, unit) +
                                 add);
         }
     }

@@ -4,8 +4,11 @@
 
 enum FloatType : int32_t { FLOAT_F32 = 0, FLOAT_F16 = 1, FLOAT_BF16 = 2 };
 
+// What scales may be beside floats: one byte, a power of two, a float8 (e4m3fn) or an integer.
+enum ScaleType : int32_t { SCALE_E8M0 = 3, SCALE_E4M3 = 4, SCALE_U8 = 5 };
+
 // A packed matrix in the neutral layout. The number of a code is table[code] where there is a table, else
-// code - zero point; times the scale of its group.
+// code - zero point; times the scale of its group (a scale of one byte goes with a table only).
 struct Matrix {
     const uint8_t* qdata;       // [rows, row_bytes], codes as a little-endian bit stream
     const void* scale;          // [rows / shared, groups]
@@ -18,7 +21,14 @@ struct Matrix {
     int32_t bits;
     int32_t scale_type;
     float midpoint;  // the code that means zero where there are neither zero points nor a table
+    float unit;      // of `integers`
+    const int16_t* integers;  // [2^bits] the table in multiples of `unit`, or null where 16 bits hold no such numbers
+    const float* outer;       // what all scales are multiplied by, of the matrix or of each row of scales, or null
+    int64_t outer_step;       // 0 or 1
+    int32_t exact;            // whether integers x unit is the table, else the nearest 16 bits to it
 };
+
+inline int64_t scale_bytes(const Matrix& w) { return w.scale_type == FLOAT_F32 ? 4 : w.scale_type <= FLOAT_BF16 ? 2 : 1; }
 
 // Bytes of one row of zero points.
 inline int64_t zero_bytes(const Matrix& w) { return (w.groups * w.bits + 7) / 8; }
@@ -49,6 +59,22 @@ inline float activation_scale(const Inputs& in, float low, float high) {
     return in.activation == SYMMETRIC ? (high > -low ? high : -low) / 127.f : (high - low) / 255.f;
 }
 
+// How activations become numbers of a small float times a scale: float8, MX by the rule that finds a block's scale, NVFP4.
+enum RoundingRule : int32_t { ROUND_FLOAT8 = 0, ROUND_FLOOR, ROUND_CEIL, ROUND_EVEN, ROUND_RCEIL, ROUND_NVFP4 };
+
+struct Rounding {
+    const void* x;  // [tokens, columns] of `type`
+    void* out;      // the same
+    int64_t tokens, columns;
+    int64_t group;  // columns that share a scale
+    int32_t type, rule;
+    int32_t together;  // whether all tokens share a scale: that of float8, the outer one of NVFP4
+    int32_t mantissa_bits, largest_exponent;  // of the element
+    float largest;                            // its largest number
+    float least_normal;
+    float anchor;  // 1.5 x 2^(23 - mantissa bits): what numbers are added to, so that just their own bits are left
+};
+
 // One set of kernels. Every function may use all of torch's threads; no result depends on their number.
 struct Kernels {
     const char* name;
@@ -56,4 +82,6 @@ struct Kernels {
     void (*linear)(const Matrix&, const Inputs&);
     // Rows of the matrix as floats of `type`: row `indices[i]`, or row i where `indices` is null.
     void (*rows)(const Matrix&, const int64_t* indices, int64_t count, int32_t type, void* out);
+    // Of the plain sets only; see rounding.h.
+    void (*round)(const Rounding&) = nullptr;
 };

@@ -1,5 +1,7 @@
 // Packed weights as tiles of bfloat16, for amx.cpp, and numbers taken apart into bfloat16 parts.
 #pragma once
+#include <cmath>
+
 #include "decode.h"
 #include "tiles.h"
 
@@ -33,12 +35,40 @@ struct Numbers {
     }
 };
 
+// Which code goes to each byte, so that after two bytes of its own meet at every second eight of them the columns 0 .. 15
+// of each 32 are in even words and 16 .. 31 in odd ones.
+struct Places {
+    alignas(64) uint8_t from[64];
+    constexpr Places() : from() {
+        for (int i = 0; i < 64; ++i) {
+            const int word = i / 16 * 8 + i % 8, tile = i / 8 % 2;
+            from[i] = static_cast<uint8_t>(32 * tile + word / 2 + word % 2 * 16);
+        }
+    }
+};
+constexpr Places IN_HALVES;
+
 // How codes become bfloat16 numbers, or the parts of them.
-//   TABLE: up to five bits: the values of all codes, taken apart once a group, and `vpermw` looks them up;
+//   TABLE: up to five bits, or a table of six: the values of all codes, taken apart once a group, and `vpermw` looks them
+//   up; HALVES: the same of up to four bits in groups of 16 columns, two groups side by side in a table;
 //   NUMBERS: more bits: converted, zero taken off, multiplied by the scale;
-//   FLOAT8: tables of bytes; any other table goes through float32.
+//   FLOAT8: tables of bytes; any other table goes through float32 (OTHER).
 // Where a row has one scale it is left out here, which is exact, and multiplied with the sums.
-enum How { TABLE, NUMBERS, FLOAT8, OTHER };
+enum How { TABLE, HALVES, NUMBERS, FLOAT8, OTHER };
+
+// What a table in vectors of 32 words holds: the same 16 numbers twice, 32 or 64 of them, or 16 of each of two groups.
+enum Shape { TWICE, ONE_VECTOR, TWO_VECTORS, TWO_GROUPS };
+
+// The bits that the mantissas of a table's numbers take, the leading one among them.
+inline int significant_bits(const float* table, int count) {
+    int most = 1;
+    for (int i = 0; i < count; ++i) {
+        const uint32_t mantissa = (bits_of(table[i]) & 0x7fffff) | 0x800000;
+        const int bits = 24 - __builtin_ctz(mantissa);
+        if (std::isfinite(table[i])) most = bits > most ? bits : most;
+    }
+    return most;
+}
 
 struct Panel {
     // What is alike for all rows of a panel: the columns, the bytes of a row of tiles, the groups of the columns, the
@@ -56,15 +86,17 @@ struct Panel {
     void (Panel::*decode_block)(int64_t, int64_t, const Block&, uint8_t*) const;
     ByteTable bytes;
     alignas(64) uint8_t from[64], shifts[64];  // see `by_table`
-    alignas(64) float numbers[32];
+    alignas(64) float numbers[64];
 
     TILES Panel(const Matrix& matrix, int most_parts)
         : w(matrix), cutter(make_cutter(matrix.bits)), groups(make_groups(matrix)), one_scale(matrix.groups == 1) {
-        const bool halves = one_scale || w.group % 32 == 0;
-        if (w.table && w.bits == 8 && one_scale && make_byte_table(w.table, &bytes))
-            how = FLOAT8;
+        const bool whole = one_scale || w.group % 32 == 0;
+        if (w.table && w.bits == 8)
+            how = whole && make_byte_table(w.table, &bytes) ? FLOAT8 : OTHER;
+        else if (whole)
+            how = w.bits <= (w.table ? 6 : 5) ? TABLE : w.table ? OTHER : NUMBERS;
         else
-            how = w.bits <= 5 && halves ? TABLE : !w.table && halves ? NUMBERS : OTHER;
+            how = w.bits <= 4 && w.group == 16 ? HALVES : OTHER;
         const int needed = needed_parts();
         parts = needed < most_parts ? needed : most_parts;
         decode_block = parts == 1 ? choose_decoder<1>() : parts == 2 ? choose_decoder<2>() : choose_decoder<3>();
@@ -74,7 +106,7 @@ struct Panel {
             from[i] = static_cast<uint8_t>((first_bit / 8 + i % 8) & 31);
             shifts[i] = static_cast<uint8_t>(first_bit % 8 + i % 8 / 2 * w.bits);
         }
-        for (int i = 0; i < 32; ++i) numbers[i] = w.table ? w.table[i & top] : static_cast<float>(i & top);
+        for (int i = 0; i < 64; ++i) numbers[i] = w.table ? w.table[i & top] : static_cast<float>(i & top);
     }
 
     // Rows first .. last - 1, columns start .. stop - 1 as tiles [rows / 16, chunks, parts] of 16 rows x 32
@@ -92,19 +124,19 @@ struct Panel {
     // The scales of 16 rows where they were left out.
     TILES __m512 row_scales(int64_t row) const {
         if (!one_scale || how == OTHER) return _mm512_set1_ps(1.f);
-        if (w.shared == 1) return load_floats(w.scale, row, w.scale_type, first_lanes(w.rows - row));
         alignas(64) float scales[TILE];
         for (int64_t i = 0; i < TILE; ++i)
-            scales[i] = load_float(w.scale, (row + i < w.rows ? row + i : w.rows - 1) / w.shared, w.scale_type);
+            scales[i] = load_scale(w, (row + i < w.rows ? row + i : w.rows - 1) / w.shared, 0);
         return _mm512_load_ps(scales);
     }
 
    private:
     // W parts hold 9 W - 1 bits (the next one's sign counts); a product has as many as its factors together.
     int needed_parts() const {
-        if (how == FLOAT8) return 1;
-        const int scale = w.scale_type == FLOAT_F32 ? 24 : w.scale_type == FLOAT_F16 ? 11 : 8;
-        const int bits = (w.table ? 24 : w.bits) + (one_scale && how != OTHER ? 0 : scale);
+        constexpr int SCALES[] = {24, 11, 8, 1, 4, 8};  // by type
+        const int scale = w.outer ? 24 : SCALES[w.scale_type];
+        const int number = w.table ? significant_bits(w.table, 1 << w.bits) : w.bits;
+        const int bits = number + (one_scale && how != OTHER ? 0 : scale);
         return bits <= 8 ? 1 : bits <= 17 ? 2 : 3;
     }
 
@@ -112,10 +144,12 @@ struct Panel {
     auto choose_decoder() const -> decltype(decode_block) {
         const bool zeros = w.zero_point != nullptr;
         if (how == NUMBERS) return &Panel::by_number<W>;
-        if (how == FLOAT8) return &Panel::by_bytes;
+        if (how == FLOAT8) return one_scale ? &Panel::by_bytes<false, 1> : &Panel::by_bytes<true, W>;
         if (how == OTHER) return &Panel::by_float<W>;
-        if (w.bits <= 4) return zeros ? &Panel::by_table<true, true, W> : &Panel::by_table<true, false, W>;
-        return zeros ? &Panel::by_table<false, true, W> : &Panel::by_table<false, false, W>;
+        if (how == HALVES) return zeros ? &Panel::by_table<TWO_GROUPS, true, W> : &Panel::by_table<TWO_GROUPS, false, W>;
+        if (w.bits == 6) return &Panel::by_table<TWO_VECTORS, false, W>;
+        if (w.bits == 5) return zeros ? &Panel::by_table<ONE_VECTOR, true, W> : &Panel::by_table<ONE_VECTOR, false, W>;
+        return zeros ? &Panel::by_table<TWICE, true, W> : &Panel::by_table<TWICE, false, W>;
     }
 
     // Reads each row's scales and calls `decode_row(row, where its tiles begin)`.
@@ -152,41 +186,55 @@ struct Panel {
     }
 
     // Four codes a 64-bit lane: `vpermb` brings the bytes they lie in, `vpmultishiftqb` each one to a word, with other
-    // bits above it; `vpermw` looks at five, so the table repeats itself where codes are shorter (SHORT).
-    template <bool SHORT, bool ZEROS, int W>
+    // bits above it, which `vpermw` does not look at: it sees five, or with two vectors six.
+    template <int SHAPE, bool ZEROS, int W>
     TILES void by_table(int64_t first, int64_t last, const Block& at, uint8_t* out) const {
+        constexpr bool PAIR = SHAPE == TWO_GROUPS;
+        constexpr int VECTORS = SHAPE == TWO_VECTORS ? 2 : 1;
         const __m512i bytes_from = _mm512_load_si512(from), shift = _mm512_load_si512(shifts);
-        const __m512 middle = _mm512_set1_ps(ZEROS || w.table ? 0.f : w.midpoint);
-        const __m512 low = _mm512_sub_ps(_mm512_load_ps(numbers), middle);
-        const __m512 high = _mm512_sub_ps(_mm512_load_ps(numbers + 16), middle);
+        const __m512i fifteen = _mm512_set1_epi16(15), second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
         const int64_t step = 4 * w.bits, pieces = (at.stop - at.start + WIDTH - 1) / WIDTH;
-        const int64_t per = one_scale ? pieces : w.group / WIDTH, head = one_scale ? per : per - at.start % w.group / WIDTH;
+        const int64_t per = one_scale ? pieces : PAIR ? 1 : w.group / WIDTH;
+        const int64_t head = one_scale || PAIR ? per : per - at.start % w.group / WIDTH;
+        const int64_t last_group = at.group + at.groups - 1;
         const bool scaled = !one_scale;
+        __m512 base[4];  // the table under a scale of 1
+        for (int v = 0; v < 4; ++v)
+            base[v] = _mm512_sub_ps(_mm512_load_ps(numbers + 16 * v), _mm512_set1_ps(ZEROS || w.table ? 0.f : w.midpoint));
         // From so many pieces 32 bytes can be read without leaving the row.
         const int64_t safe = w.row_bytes < 32 ? 0 : (w.row_bytes - 32) / step - at.start / WIDTH + 1;
         each_row(first, last, at, out, [&](int64_t row, uint8_t* to) TILES __attribute__((always_inline)) {
             const uint8_t* packed = w.qdata + row * w.row_bytes + at.start / WIDTH * step;
             const uint8_t* end = w.qdata + (row + 1) * w.row_bytes;
-            const float *scale = groups.scale + at.group, *zero = groups.zero + at.group;
-            __m512i table[W] = {};
+            const float *scales = groups.scale, *zeros = groups.zero;
+            int64_t g = at.group;
+            const auto numbers_of_group = [&](int v) TILES __attribute__((always_inline)) {
+                const __m512 number = ZEROS ? _mm512_sub_ps(base[v], _mm512_set1_ps(zeros[g])) : base[v];
+                return _mm512_mul_ps(number, _mm512_set1_ps(scaled ? scales[g] : 1.f));
+            };
+            __m512i table[W][VECTORS] = {};
             for (int64_t i = 0, left = 0; i < pieces; ++i, packed += step, to += W * TILE_BYTES) {
                 if (left-- == 0) {
-                    const __m512 s = _mm512_set1_ps(scaled ? *scale++ : 1.f), z = _mm512_set1_ps(ZEROS ? *zero++ : 0.f);
-                    Numbers values;
-                    values.low = _mm512_mul_ps(ZEROS ? _mm512_sub_ps(low, z) : low, s);
-                    values.high = SHORT ? values.low : _mm512_mul_ps(ZEROS ? _mm512_sub_ps(high, z) : high, s);
-                    for (int p = 0; p < W; ++p) {
-                        table[p] = values.take_part(p, W);
-                        if (SHORT) values.high = values.low;
+                    Numbers values[VECTORS];
+                    for (int v = 0; v < VECTORS; ++v) {
+                        values[v].low = numbers_of_group(2 * v);
+                        if (PAIR) g += g < last_group;  // the row may end before its tile
+                        values[v].high = SHAPE == TWICE ? values[v].low : numbers_of_group(PAIR ? 0 : 2 * v + 1);
                     }
+                    for (int p = 0; p < W; ++p)
+                        for (int v = 0; v < VECTORS; ++v) table[p][v] = values[v].take_part(p, W);
+                    ++g;
                     left = (i ? per : head) - 1;
                 }
                 const __m256i bytes = i < safe ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed))
                                                : _mm256_maskz_loadu_epi8((1u << (end - packed)) - 1, packed);
                 const __m512i lanes = _mm512_permutexvar_epi8(bytes_from, _mm512_castsi256_si512(bytes));
-                const __m512i codes = _mm512_multishift_epi64_epi8(shift, lanes);
+                __m512i codes = _mm512_multishift_epi64_epi8(shift, lanes);
+                if (PAIR) codes = _mm512_ternarylogic_epi64(codes, fifteen, second, 0xea);  // (codes & 15) | 16
                 for (int p = 0; p < W; ++p)
-                    _mm512_store_si512(to + p * TILE_BYTES, _mm512_permutexvar_epi16(codes, table[p]));
+                    _mm512_store_si512(to + p * TILE_BYTES,
+                                       VECTORS == 2 ? _mm512_permutex2var_epi16(table[p][0], codes, table[p][VECTORS - 1])
+                                                    : _mm512_permutexvar_epi16(codes, table[p][0]));
             }
         });
     }
@@ -216,8 +264,12 @@ struct Panel {
             });
     }
 
+    // SCALED: each group has a scale; else the numbers as they are, in one part.
+    template <bool SCALED, int W>
     TILES void by_bytes(int64_t first, int64_t last, const Block& at, uint8_t* out) const {
-        each_row(first, last, at, out, [&](int64_t row, uint8_t* to) TILES { byte_row(row, at, to); });
+        each_row(first, last, at, out, [&](int64_t row, uint8_t* to) TILES {
+            SCALED ? scaled_byte_row<W>(row, at, to) : byte_row(row, at, to);
+        });
     }
 
     TILES void byte_row(int64_t row, const Block& at, uint8_t* to) const {
@@ -230,6 +282,40 @@ struct Panel {
             _mm512_store_si512(to, _mm512_permutex2var_epi64(first, low, second));
             if (k + WIDTH < at.stop) _mm512_store_si512(to + TILE_BYTES, _mm512_permutex2var_epi64(first, high, second));
         }
+    }
+
+    // Codes change places first: then `look_up_bytes` leaves in each vector the first 16 of 32 columns in the even words
+    // and the others in the odd ones, where they are float32 numbers but for a shift or a mask.
+    template <int W>
+    TILES void scaled_byte_row(int64_t row, const Block& at, uint8_t* to) const {
+        const uint8_t* data = w.qdata + row * w.row_bytes;
+        const ByteTable table = bytes;  // a copy: stores might change what `this` points to, for all the compiler knows
+        const __m512i places = _mm512_load_si512(IN_HALVES.from);
+        const float* scale = groups.scale + at.group;
+        const int64_t per = w.group / WIDTH;
+        int64_t left = per - at.start % w.group / WIDTH;
+        const auto put = [&](__m512i words) TILES __attribute__((always_inline)) {
+            put_scaled<W>(words, *scale, to);
+            if (--left == 0) ++scale, left = per;
+            to += W * TILE_BYTES;
+        };
+        for (int64_t k = at.start; k < at.stop; k += CHUNK) {
+            __m512i first, second;
+            const __m512i codes = codes_of(data, w.row_bytes, k / CHUNK, cutter);
+            look_up_bytes(_mm512_permutexvar_epi8(places, codes), table, &first, &second);
+            put(first);
+            if (k + WIDTH < at.stop) put(second);
+        }
+    }
+
+    // 32 bfloat16 numbers, the first 16 in the even words, times a scale.
+    template <int W>
+    __attribute__((always_inline)) TILES inline void put_scaled(__m512i words, float scale, uint8_t* to) const {
+        const __m512 factor = _mm512_set1_ps(scale);
+        const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+        Numbers values = {_mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)), factor),
+                          _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(words, upper)), factor)};
+        for (int p = 0; p < W; ++p) _mm512_store_si512(to + p * TILE_BYTES, values.take_part(p, W));
     }
 
     template <int W>

@@ -14,6 +14,13 @@ struct StripUnit {
     float *scale[2], *zero[2];
 };
 
+// The integers of a table in one or two planes of bytes, by code: low + 256 high, each plane `BOOK_ZERO` more than its
+// signed value. Repeated, so that bits above the code do not matter. No planes: codes are integers themselves.
+struct Book {
+    int planes;
+    alignas(64) uint8_t bytes[2][64];
+};
+
 struct Piece {
     int64_t start, count, group;  // columns, and the group of weights they belong to
 };
@@ -23,6 +30,7 @@ struct StripPlan {
     using Dot = void (*)(const Matrix&, const StripPlan&, const StripUnit&, int64_t, int64_t, int64_t, float*);
     bool zeros;     // whether groups have zeros of their own, or the middle is no whole number
     int planes;     // of the inputs
+    Book book;
     int lane;       // columns of a 32-bit lane
     int64_t count;  // pieces
     const Piece* pieces;
@@ -51,15 +59,39 @@ struct Codes {
     int32_t sums[P];
 };
 
+constexpr int BOOK_ZERO = 128;
+
+inline Book make_book(const Matrix& w) {
+    Book book{};
+    if (!w.table) return book;
+    book.planes = 1;
+    for (int i = 0; i < 64; ++i) {
+        const int16_t value = w.integers[i & ((1 << w.bits) - 1)];
+        const int8_t low = static_cast<int8_t>(value), high = static_cast<int8_t>((value - low) / 256);
+        book.bytes[0][i] = static_cast<uint8_t>(low + BOOK_ZERO);
+        book.bytes[1][i] = static_cast<uint8_t>(high + BOOK_ZERO);
+        if (high) book.planes = 2;
+    }
+    return book;
+}
+
+// What is to be taken off the codes (or the bytes of their book) where groups have no zeros.
+inline int32_t middle_of(const Matrix& w) { return w.table ? BOOK_ZERO : static_cast<int32_t>(w.midpoint); }
+
 inline bool is_dense(const Matrix& w) {
     return w.bits <= 4 && w.bits != 3 && (w.groups == 1 || w.group % (32 / w.bits) == 0);
 }
 
 inline int make_lane(const Matrix& w) { return is_dense(w) ? 32 / w.bits : 4; }
 
+// Whether integers stand for the numbers of a table (codes of up to six bits), as exactly as the inputs ask for.
+inline bool fits_book(const Matrix& w, const Inputs& in) {
+    return w.integers && w.bits <= 6 && (w.exact || (in.activation == PLAIN && in.type != FLOAT_F32));
+}
+
 // Whether a product can be done in pieces at all.
 inline bool fits_strips(const Matrix& w, const Inputs& in) {
-    if (w.table || (w.groups > 1 && w.group % 4)) return false;
+    if ((w.table && !fits_book(w, in)) || (w.groups > 1 && w.group % 4)) return false;
     return in.activation == PLAIN || in.group >= w.columns || in.group % make_lane(w) == 0;
 }
 
@@ -87,7 +119,9 @@ inline int64_t make_pieces(const Matrix& w, const Inputs& in, Piece* pieces) {
 }
 
 // Whether groups have zeros of their own, or the middle is no whole number.
-inline bool has_zeros(const Matrix& w) { return w.zero_point || w.midpoint != static_cast<int32_t>(w.midpoint); }
+inline bool has_zeros(const Matrix& w) {
+    return !w.table && (w.zero_point || w.midpoint != static_cast<int32_t>(w.midpoint));
+}
 
 // The power of two under which the largest of some numbers becomes a code of `reach` + 1 bits. Zeros get the scale 0:
 // products with the least exponent would be subnormal, which takes a detour.
@@ -103,6 +137,7 @@ inline StripPlan start_plan(const Matrix& w, const Inputs& in) {
     StripPlan plan{};
     plan.zeros = has_zeros(w);
     plan.planes = plane_count(in);
+    plan.book = make_book(w);
     plan.lane = make_lane(w);
     const int64_t ends = w.groups + (in.activation == PLAIN ? 0 : w.columns / in.group);
     Piece* pieces = scratch<Piece>(0, w.columns / PIECE + ends + 3);

@@ -6,6 +6,9 @@
 // 8 columns in two). `vpdpbusd` then adds four products a lane to sums of 32 bits, and a lane's sum gets the lane's two
 // scales in one FMA.
 //
+// Codes of tables (fp4, fp6, nf4) become integers by `vpermb`, of one byte or of two: then each pair of a plane of weights
+// and a plane of inputs adds to the sum of its power of 256.
+//
 // The inputs are planes of integers, as strips.cpp says; here a power of two holds for 16 columns, or those of a lane. Rows
 // are independent, so any number of threads gives the same result.
 #include "rows.h"
@@ -121,11 +124,12 @@ TARGET bool fill_token(const Matrix& w, const Inputs& in, const RowsPlan& plan, 
         finite = fix_floats(in, plan, token * w.columns, w.columns, codes, scales);
     else
         fix_codes(in, plan, token * w.columns, w.columns, codes, scales);
-    const __m512i ones = _mm512_set1_epi8(1), minus = _mm512_set1_epi32(-static_cast<int32_t>(w.midpoint));
+    const __m512i ones = _mm512_set1_epi8(1), minus = _mm512_set1_epi32(-middle_of(w));
+    const __m512 unit = _mm512_set1_ps(w.table ? w.unit : 1.f);
     for (int64_t v = 0; v < plan.vectors; ++v) {
         uint8_t* to = codes_at(plan, token, v);
         float* lane_scales = reinterpret_cast<float*>(to + STEPS * P * 64);
-        _mm512_storeu_ps(lane_scales, _mm512_loadu_ps(scales + 16 * v));
+        _mm512_storeu_ps(lane_scales, _mm512_mul_ps(_mm512_loadu_ps(scales + 16 * v), unit));
         alignas(64) int8_t planes[P][64 * STEPS];
         for (int64_t k = 0; k < 64 * STEPS; k += 16) {
             __m512i code = _mm512_loadu_si512(codes + v * plan.columns + k);
@@ -178,13 +182,15 @@ INLINE __m128 add_lanes(const __m512 v[TOGETHER]) {
 
 // TOGETHER rows against M inputs of P planes each: out [M, TOGETHER].
 // ZEROS: a zero a group, taken off as a float (exact: products of it are below 2^24), else the whole midpoint, which
-// the sums start from.
-template <int P, int M, int KIND, bool ZEROS>
+// the sums start from. W: planes of the book, or 0 where codes are integers.
+template <int P, int M, int KIND, bool ZEROS, int W>
 TARGET __attribute__((noinline)) void dot(const RowsPlan& plan, const uint8_t* const* rows, const float* const* scales,
                                           const float* const* zeros, int64_t first, float* out) {
     constexpr int R = TOGETHER, STEPS = steps_of(KIND), VECTOR = STEPS * P * 64 + 64 + P * 64;
     constexpr int BITS = KIND == DENSE1 ? 1 : KIND == DENSE2 ? 2 : 4;  // of the dense kinds
     constexpr bool CUTS = KIND == CUT || KIND == PAIRS;
+    constexpr int FACTORS = W == 2 ? 2 : 1, SUMS = P + FACTORS - 1;  // planes of a weight; powers of 256
+    const __m512i book[2] = {_mm512_load_si512(plan.book.bytes[0]), _mm512_load_si512(plan.book.bytes[1])};
     const int64_t bytes = CUTS ? plan.bytes : 64, vectors = plan.vectors;
     const Unpacker unpacker = make_unpacker(KIND, plan.bits);
     const uint8_t* inputs[M];
@@ -195,30 +201,38 @@ TARGET __attribute__((noinline)) void dot(const RowsPlan& plan, const uint8_t* c
     __mmask64 present = present_bytes(bytes, 0, static_cast<int>(bytes));
     for (int64_t v = 0; v < vectors; ++v) {
         if (v == vectors - 1) present = present_bytes(plan.row_bytes, v, static_cast<int>(bytes));
-        __m512i packed[R], sum[R][M][P];
+        __m512i packed[R], sum[R][M][SUMS];
         for (int r = 0; r < R; ++r) {
             _mm_prefetch(reinterpret_cast<const char*>(rows[r] + v * bytes + AHEAD), _MM_HINT_T0);
             packed[r] = _mm512_maskz_loadu_epi8(present, rows[r] + v * bytes);
             if (CUTS) packed[r] = _mm512_permutexvar_epi8(unpacker.spread, packed[r]);
         }
-        for (int m = 0; m < M; ++m)
-            for (int p = 0; p < P; ++p) {
-                const __m512i start = _mm512_loadu_si512(inputs[m] + v * VECTOR + (STEPS * P + 1 + p) * 64);
-                for (int r = 0; r < R; ++r) sum[r][m][p] = ZEROS ? _mm512_setzero_si512() : start;
+        for (int m = 0; m < M; ++m) {
+            __m512i start[SUMS];
+            for (__m512i& one : start) one = _mm512_setzero_si512();
+            for (int p = 0; p < P && !ZEROS; ++p) {
+                const __m512i plane = _mm512_loadu_si512(inputs[m] + v * VECTOR + (STEPS * P + 1 + p) * 64);
+                for (int f = 0; f < FACTORS; ++f) start[p + f] = p + f ? _mm512_add_epi32(start[p + f], plane) : plane;
             }
+            for (int r = 0; r < R; ++r)
+                for (int s = 0; s < SUMS; ++s) sum[r][m][s] = start[s];
+        }
 #pragma GCC unroll 8
         for (int j = 0; j < STEPS; ++j) {
-            __m512i codes[R];
+            __m512i codes[R][FACTORS];
             for (int r = 0; r < R; ++r) {
-                codes[r] = packed[r];
-                if (CUTS) codes[r] = _mm512_multishift_epi64_epi8(unpacker.shifts[j % 2], codes[r]);
-                if (!CUTS && j) codes[r] = _mm512_srli_epi32(codes[r], BITS * j);
-                if (KIND != BYTES) codes[r] = _mm512_and_si512(codes[r], unpacker.mask);
+                __m512i found = packed[r];
+                if (CUTS) found = _mm512_multishift_epi64_epi8(unpacker.shifts[j % 2], found);
+                if (!CUTS && j) found = _mm512_srli_epi32(found, BITS * j);
+                if (!W && KIND != BYTES) found = _mm512_and_si512(found, unpacker.mask);
+                for (int f = 0; f < FACTORS; ++f) codes[r][f] = W ? _mm512_permutexvar_epi8(found, book[f]) : found;
             }
             for (int m = 0; m < M; ++m)
                 for (int p = 0; p < P; ++p) {
                     const __m512i input = _mm512_loadu_si512(inputs[m] + v * VECTOR + (j * P + p) * 64);
-                    for (int r = 0; r < R; ++r) sum[r][m][p] = _mm512_dpbusd_epi32(sum[r][m][p], codes[r], input);
+                    for (int r = 0; r < R; ++r)
+                        for (int f = 0; f < FACTORS; ++f)
+                            sum[r][m][p + f] = _mm512_dpbusd_epi32(sum[r][m][p + f], codes[r][f], input);
                 }
         }
         const __m512i lanes = _mm512_loadu_si512(plan.relative + 16 * v);
@@ -233,10 +247,10 @@ TARGET __attribute__((noinline)) void dot(const RowsPlan& plan, const uint8_t* c
             const __m512 input_scale = _mm512_loadu_ps(lane);
             for (int r = 0; r < R; ++r) {
                 __m512 value;
-                for (int p = P - 1; p >= 0; --p) {
-                    __m512 part = _mm512_cvtepi32_ps(sum[r][m][p]);
-                    if (ZEROS) part = _mm512_fnmadd_ps(zero[r], _mm512_loadu_ps(lane + 16 * (p + 1)), part);
-                    value = p == P - 1 ? part : _mm512_fmadd_ps(value, _mm512_set1_ps(256.f), part);
+                for (int s = SUMS - 1; s >= 0; --s) {
+                    __m512 part = _mm512_cvtepi32_ps(sum[r][m][s]);
+                    if (ZEROS) part = _mm512_fnmadd_ps(zero[r], _mm512_loadu_ps(lane + 16 * (s + 1)), part);
+                    value = s == SUMS - 1 ? part : _mm512_fmadd_ps(value, _mm512_set1_ps(256.f), part);
                 }
                 total[r][m] = _mm512_fmadd_ps(_mm512_mul_ps(scale[r], input_scale), value, total[r][m]);
             }
@@ -251,14 +265,23 @@ TARGET __attribute__((noinline)) void dot(const RowsPlan& plan, const uint8_t* c
 
 template <int P, int M, bool ZEROS>
 RowsPlan::Dot choose_dot(Kind kind) {
-    constexpr RowsPlan::Dot dots[] = {dot<P, M, CUT, ZEROS>,    dot<P, M, PAIRS, ZEROS>,  dot<P, M, DENSE1, ZEROS>,
-                                      dot<P, M, DENSE2, ZEROS>, dot<P, M, DENSE4, ZEROS>, dot<P, M, BYTES, ZEROS>};
+    constexpr RowsPlan::Dot dots[] = {dot<P, M, CUT, ZEROS, 0>,    dot<P, M, PAIRS, ZEROS, 0>,
+                                      dot<P, M, DENSE1, ZEROS, 0>, dot<P, M, DENSE2, ZEROS, 0>,
+                                      dot<P, M, DENSE4, ZEROS, 0>, dot<P, M, BYTES, ZEROS, 0>};
     return dots[kind];
 }
 
 template <int P, int M>
+RowsPlan::Dot choose_book_dot(Kind kind, int planes) {
+    if (kind == DENSE4) return planes == 2 ? dot<P, M, DENSE4, false, 2> : dot<P, M, DENSE4, false, 1>;
+    return planes == 2 ? dot<P, M, CUT, false, 2> : dot<P, M, CUT, false, 1>;
+}
+
+template <int P, int M>
 void choose(Kind kind, RowsPlan* plan) {
-    plan->dot = plan->zeros ? choose_dot<P, M, true>(kind) : choose_dot<P, M, false>(kind);
+    plan->dot = plan->book.planes ? choose_book_dot<P, M>(kind, plan->book.planes)
+                : plan->zeros     ? choose_dot<P, M, true>(kind)
+                                  : choose_dot<P, M, false>(kind);
     const int steps = plan->steps;
     plan->fill = steps == 1 ? fill_token<P, 1> : steps == 2 ? fill_token<P, 2> : steps == 4 ? fill_token<P, 4> : fill_token<P, 8>;
 }
@@ -272,6 +295,7 @@ RowsPlan plan_rows(const Matrix& w, const Inputs& in) {
     const Kind kind = choose_kind(w, in);
     const int planes = plane_count(in);
     plan.zeros = has_zeros(w);
+    plan.book = make_book(w);
     plan.bits = w.bits;
     plan.steps = steps_of(kind);
     plan.lane = 4 * plan.steps;

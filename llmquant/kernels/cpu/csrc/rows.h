@@ -11,6 +11,7 @@ struct RowsPlan {
     int64_t columns, bytes, row_bytes, vectors;  // of a vector, of a row
     const int32_t *first, *relative;  // [vectors]: the group of a vector's first column; [vectors, 16]: each lane's, from there
     uint8_t* codes;
+    Book book;
     int64_t vector_bytes;  // of the inputs
     bool (*fill)(const Matrix&, const Inputs&, const RowsPlan&, int64_t token);
     Dot dot;

@@ -44,7 +44,7 @@ INLINE float fix_floats(const Inputs& in, int64_t at, int64_t count, int reach, 
 // Splits 32 codes into planes: the lowest eight bits, signed; what is left is shifted down.
 template <int P>
 INLINE void write_codes(const Matrix& w, __m512i code[2], float scale, __m256i order, bool whole_midpoint, Codes<P>* to) {
-    to->scale = scale;
+    to->scale = w.table ? scale * w.unit : scale;
     for (int p = 0; p < P; ++p) {
         const __m256i plane = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtepi32_epi8(code[0])),
                                                       _mm512_cvtepi32_epi8(code[1]), 1);
@@ -52,7 +52,7 @@ INLINE void write_codes(const Matrix& w, __m512i code[2], float scale, __m256i o
         const __m512i low[2] = {_mm512_cvtepi8_epi32(_mm256_castsi256_si128(plane)),
                                 _mm512_cvtepi8_epi32(_mm256_extracti128_si256(plane, 1))};
         const int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(low[0], low[1]));
-        to->sums[p] = whole_midpoint ? -static_cast<int32_t>(w.midpoint) * sum
+        to->sums[p] = whole_midpoint ? -middle_of(w) * sum
                                      : static_cast<int32_t>(bits_of(static_cast<float>(sum)));
         for (int i = 0; i < 2; ++i) code[i] = _mm512_srai_epi32(_mm512_sub_epi32(code[i], low[i]), 8);
     }
@@ -99,7 +99,7 @@ TARGET void turn_groups(const Matrix& w, const int64_t* at, const Cutter& cutter
     for (int64_t g = 0; g < w.groups; g += 16) {
         const __mmask16 present = first_lanes(w.groups - g);
         for (int i = 0; i < STRIP; ++i)
-            v[i] = _mm512_castps_si512(load_floats(w.scale, rows[i] * w.groups + g, w.scale_type, present));
+            v[i] = _mm512_castps_si512(load_scales(w, rows[i], g, present));
         transpose(v);
         for (int i = 0; i < 16; ++i) _mm512_storeu_si512(scale + 16 * (g + i), v[i]);
         if (!zero) continue;
@@ -116,7 +116,7 @@ TARGET void turn_groups(const Matrix& w, const int64_t* at, const Cutter& cutter
 }
 
 void fetch_groups(const Matrix& w, const int64_t* at) {
-    const int64_t bytes = w.groups * (w.scale_type == FLOAT_F32 ? 4 : 2);
+    const int64_t bytes = w.groups * scale_bytes(w);
     for (int i = 0; i < STRIP; ++i)
         for (int64_t k = 0; k < bytes; k += 64)
             __builtin_prefetch(static_cast<const uint8_t*>(w.scale) + at[i] / w.shared * bytes + k);
@@ -126,12 +126,15 @@ enum Kind { DENSE1 = 1, DENSE2 = 2, DENSE4 = 4, BYTES = 8, CUT = 0 };
 
 // Sums of tokens `first` to `first` + count - 1: [count, STRIPS, 16] floats.
 // ZEROS: a zero a group, taken off as a float (exact: products of it are below 2^24), else the whole midpoint, which
-// the sums start from.
-template <int P, int KIND, bool ZEROS>
+// the sums start from. W: planes of the book (see rows.cpp), or 0 where codes are integers.
+// Q: fours of columns of the longest piece.
+template <int P, int KIND, bool ZEROS, int W, int Q>
 TARGET __attribute__((noinline)) void dot(const Matrix& w, const StripPlan& plan, const StripUnit& unit, int64_t first,
                                           int64_t tokens, int64_t count, float* totals) {
     constexpr int STEPS = KIND == DENSE1 ? 8 : KIND == DENSE2 ? 4 : KIND == DENSE4 ? 2 : 1;
-    constexpr int LANES = QUADS / STEPS;  // a piece
+    constexpr int LANES = Q / STEPS;  // a piece
+    constexpr int FACTORS = W == 2 ? 2 : 1;
+    const __m512i book[2] = {_mm512_load_si512(plan.book.bytes[0]), _mm512_load_si512(plan.book.bytes[1])};
     const Piece* pieces = plan.pieces;
     const Codes<P>* inputs = static_cast<const Codes<P>*>(plan.codes) + first;
     const Cutter cutter = make_cutter(w.bits);
@@ -164,7 +167,7 @@ TARGET __attribute__((noinline)) void dot(const Matrix& w, const StripPlan& plan
         constexpr int PIECES = 16 / LANES, ROWS = UNIT / PIECES;
         for (int r = 0; r < ROWS; ++r)
             _mm_prefetch(reinterpret_cast<const char*>(unit.data[i % PIECES * ROWS + r] + lane / 16 * bytes + AHEAD), _MM_HINT_T0);
-        __m512i code[STRIPS][QUADS];
+        __m512i code[STRIPS][FACTORS][Q];
         __m512 scale[STRIPS], zero[STRIPS];
         for (int s = 0; s < STRIPS; ++s) {
             scale[s] = _mm512_load_ps(unit.scale[s] + STRIP * pieces[i].group);
@@ -173,9 +176,10 @@ TARGET __attribute__((noinline)) void dot(const Matrix& w, const StripPlan& plan
                 const __m512i packed = ring[s][lane % RING + l];
 #pragma GCC unroll 8
                 for (int j = 0; j < STEPS; ++j) {
-                    __m512i& found = code[s][l * STEPS + j];
-                    found = STEPS > 1 && j ? _mm512_srli_epi32(packed, KIND * j) : packed;
-                    if (STEPS > 1) found = _mm512_and_si512(found, mask);
+                    __m512i found = STEPS > 1 && j ? _mm512_srli_epi32(packed, KIND * j) : packed;
+                    if (!W && STEPS > 1) found = _mm512_and_si512(found, mask);
+                    for (int f = 0; f < FACTORS; ++f)
+                        code[s][f][l * STEPS + j] = W ? _mm512_permutexvar_epi8(found, book[f]) : found;
                 }
             }
         }
@@ -185,17 +189,21 @@ TARGET __attribute__((noinline)) void dot(const Matrix& w, const StripPlan& plan
 #pragma GCC unroll 3
             for (int p = P - 1; p >= 0; --p) {
                 const __m512i start = ZEROS ? _mm512_setzero_si512() : _mm512_set1_epi32(in->sums[p]);
-                __m512i sum[STRIPS];
-                for (__m512i& one : sum) one = start;
+                __m512i sum[STRIPS][FACTORS];
+                for (auto& strip : sum)
+                    for (__m512i& one : strip) one = start;
 #pragma GCC unroll 8
-                for (int q = 0; q < QUADS; ++q) {
+                for (int q = 0; q < Q; ++q) {
                     int32_t four;
                     std::memcpy(&four, in->codes[p] + 4 * q, 4);
                     const __m512i input = _mm512_set1_epi32(four);
-                    for (int s = 0; s < STRIPS; ++s) sum[s] = _mm512_dpbusd_epi32(sum[s], code[s][q], input);
+                    for (int s = 0; s < STRIPS; ++s)
+                        for (int f = 0; f < FACTORS; ++f)
+                            sum[s][f] = _mm512_dpbusd_epi32(sum[s][f], code[s][f][q], input);
                 }
                 for (int s = 0; s < STRIPS; ++s) {
-                    __m512 part = _mm512_cvtepi32_ps(sum[s]);
+                    __m512 part = _mm512_cvtepi32_ps(sum[s][0]);
+                    if (W == 2) part = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[s][1]), _mm512_set1_ps(256.f), part);
                     if (ZEROS) part = _mm512_fnmadd_ps(zero[s], _mm512_set1_ps(float_of(in->sums[p])), part);
                     value[s] = p == P - 1 ? part : _mm512_fmadd_ps(value[s], _mm512_set1_ps(256.f), part);
                 }
@@ -233,15 +241,26 @@ TARGET void store_rows(const Matrix& w, const Inputs& in, int64_t first, int64_t
 }
 
 template <int P, bool ZEROS>
-StripPlan::Dot choose_dot(int bits, bool dense) {
-    if (!dense) return bits == 8 ? dot<P, BYTES, ZEROS> : dot<P, CUT, ZEROS>;
-    return bits == 1 ? dot<P, DENSE1, ZEROS> : bits == 2 ? dot<P, DENSE2, ZEROS> : dot<P, DENSE4, ZEROS>;
+StripPlan::Dot choose_dot(int bits, bool dense, bool halves) {
+    if (!dense) return bits == 8 ? dot<P, BYTES, ZEROS, 0, QUADS> : dot<P, CUT, ZEROS, 0, QUADS>;
+    if (bits == 4) return halves ? dot<P, DENSE4, ZEROS, 0, QUADS / 2> : dot<P, DENSE4, ZEROS, 0, QUADS>;
+    return bits == 1 ? dot<P, DENSE1, ZEROS, 0, QUADS> : dot<P, DENSE2, ZEROS, 0, QUADS>;
+}
+
+template <int P>
+StripPlan::Dot choose_book_dot(int planes, bool dense, bool halves) {
+    if (dense && planes == 2) return dot<P, DENSE4, false, 2, QUADS>;
+    if (dense) return halves ? dot<P, DENSE4, false, 1, QUADS / 2> : dot<P, DENSE4, false, 1, QUADS>;
+    return planes == 2 ? dot<P, CUT, false, 2, QUADS> : dot<P, CUT, false, 1, QUADS>;
 }
 
 template <int P>
 void choose(const Matrix& w, StripPlan* plan) {
     plan->fill = fill_token<P>;
-    plan->dot = plan->zeros ? choose_dot<P, true>(w.bits, is_dense(w)) : choose_dot<P, false>(w.bits, is_dense(w));
+    const bool dense = is_dense(w), halves = w.group <= PIECE / 2;  // of four bits in groups of 16, as nvfp4 is
+    plan->dot = plan->book.planes ? choose_book_dot<P>(plan->book.planes, dense, halves)
+                : plan->zeros     ? choose_dot<P, true>(w.bits, dense, halves)
+                                  : choose_dot<P, false>(w.bits, dense, halves);
 }
 
 }  // namespace

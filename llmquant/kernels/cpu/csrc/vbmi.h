@@ -89,25 +89,69 @@ INLINE __m512i quarter(__m512i codes, int q) {
     return _mm512_cvtepu8_epi32(_mm512_castsi512_si128(_mm512_permutexvar_epi32(index, codes)));
 }
 
+// 16 scales of one byte.
+INLINE __m512 widen_scales(__m128i bytes, int32_t type) {
+    if (type == SCALE_U8) return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+    const __m512 nan = _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN());
+    if (type == SCALE_E8M0) {
+        const __m512i code = _mm512_cvtepu8_epi32(bytes);
+        const __m512i least = _mm512_set1_epi32(0x00400000);  // 2^-127 is subnormal
+        const __m512i bits = _mm512_mask_mov_epi32(_mm512_slli_epi32(code, 23), _mm512_testn_epi32_mask(code, code), least);
+        return _mm512_mask_mov_ps(_mm512_castsi512_ps(bits), _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(0xff)), nan);
+    }
+    const __m256i code = _mm256_cvtepu8_epi16(bytes), magnitude = _mm256_and_si256(code, _mm256_set1_epi16(0x7f));
+    const __m256i sign = _mm256_slli_epi16(_mm256_andnot_si256(_mm256_set1_epi16(0x7f), code), 8);
+    const __m512 value = _mm512_cvtph_ps(_mm256_or_si256(sign, _mm256_slli_epi16(magnitude, 7)));
+    const __mmask16 bad = _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x7f));
+    return _mm512_mask_mov_ps(_mm512_mul_ps(value, _mm512_set1_ps(256.f)), bad, nan);
+}
+
 template <int32_t TYPE>
-INLINE void read_scales(const void* data, int64_t at, int64_t count, float* scale) {
-    int64_t g = 0;
-    for (; g + 16 <= count; g += 16) _mm512_storeu_ps(scale + g, load_floats(data, at + g, TYPE, 0xffff));
-    if (g < count) _mm512_storeu_ps(scale + g, load_floats(data, at + g, TYPE, first_lanes(count - g)));
+INLINE __m512 load_some_scales(const void* data, int64_t i, __mmask16 present) {
+    if (TYPE <= FLOAT_BF16) return load_floats(data, i, TYPE, present);
+    return widen_scales(_mm_maskz_loadu_epi8(present, static_cast<const uint8_t*>(data) + i), TYPE);
+}
+
+// `count` scales, each times `outer`.
+template <int32_t TYPE>
+INLINE void read_scales(const void* data, int64_t at, int64_t count, float outer, float* scale) {
+    constexpr bool SMALL = TYPE > FLOAT_BF16;  // others have nothing outside them
+    const __m512 factor = _mm512_set1_ps(outer);
+    for (int64_t g = 0; g < count; g += 16) {
+        const __mmask16 present = count - g >= 16 ? 0xffff : first_lanes(count - g);
+        const __m512 found = load_some_scales<TYPE>(data, at + g, present);
+        _mm512_storeu_ps(scale + g, SMALL ? _mm512_mul_ps(found, factor) : found);
+    }
+}
+
+// The scales of groups `first` to `last` - 1 in a row of scales.
+INLINE void read_scale_row(const Matrix& w, int64_t row, int64_t first, int64_t last, float* scale) {
+    const int64_t at = row * w.groups + first, count = last - first;
+    const float outer = w.outer ? w.outer[row * w.outer_step] : 1.f;
+    // One loop a type, so that it is not asked for every vector.
+    switch (w.scale_type) {
+        case FLOAT_F32: return read_scales<FLOAT_F32>(w.scale, at, count, outer, scale);
+        case FLOAT_F16: return read_scales<FLOAT_F16>(w.scale, at, count, outer, scale);
+        case FLOAT_BF16: return read_scales<FLOAT_BF16>(w.scale, at, count, outer, scale);
+        case SCALE_E8M0: return read_scales<SCALE_E8M0>(w.scale, at, count, outer, scale);
+        case SCALE_E4M3: return read_scales<SCALE_E4M3>(w.scale, at, count, outer, scale);
+        default: return read_scales<SCALE_U8>(w.scale, at, count, outer, scale);
+    }
+}
+
+// 16 scales from group `g` of a row of scales on.
+INLINE __m512 load_scales(const Matrix& w, int64_t row, int64_t g, __mmask16 present) {
+    const int64_t i = row * w.groups + g;
+    if (w.scale_type <= FLOAT_BF16) return load_floats(w.scale, i, w.scale_type, present);
+    const __m512 found = widen_scales(_mm_maskz_loadu_epi8(present, static_cast<const uint8_t*>(w.scale) + i), w.scale_type);
+    return w.outer ? _mm512_mul_ps(found, _mm512_set1_ps(w.outer[row * w.outer_step])) : found;
 }
 
 // The scales and zeros of a row's groups `first` to `last` - 1 as float32, each at its own place; both have room for 80
 // entries more than there are groups.
 INLINE void read_groups(const Matrix& w, int64_t row, const Cutter& cut, float* scale, float* zero, int64_t first,
                         int64_t last) {
-    const int64_t at = (w.shared == 1 ? row : row / w.shared) * w.groups + first, count = last - first;
-    // One loop a type, so that it is not asked for every vector.
-    if (w.scale_type == FLOAT_F32)
-        read_scales<FLOAT_F32>(w.scale, at, count, scale + first);
-    else if (w.scale_type == FLOAT_F16)
-        read_scales<FLOAT_F16>(w.scale, at, count, scale + first);
-    else
-        read_scales<FLOAT_BF16>(w.scale, at, count, scale + first);
+    read_scale_row(w, w.shared == 1 ? row : row / w.shared, first, last, scale + first);
     if (!w.zero_point) return;
     for (int64_t c = first / CHUNK; c * CHUNK < last; ++c) {
         const __m512i codes = codes_of(w.zero_point + row / w.shared * zero_bytes(w), zero_bytes(w), c, cut);
