@@ -126,7 +126,7 @@ bool run_rounding() {
     const bool fp4 = rule != ROUND_FLOAT8;
     const Rounding rounding = {x.data, out.data, tokens, columns, fp4 ? 16 * pick(1, 2) : pick(1, columns + 1), type, rule,
                                static_cast<int32_t>(rule % 5 == 0 && pick(0, 1)), fp4 ? 1 : 3, fp4 ? 2 : 8, fp4 ? 6.f : 448.f,
-                               fp4 ? 1.f : 0x1p-6f, fp4 ? 0x1.8p22f : 0x1.8p20f};
+                               fp4 ? 1.f : 0x1p-6f, fp4 ? 0x1.8p22f : 0x1.8p20f, nullptr};
     llmquant_round(&rounding);
     for (int64_t i = 0; i < most; ++i) {
         const float before = load_float(x.data, i, type), after = load_float(out.data, i, type);

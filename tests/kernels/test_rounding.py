@@ -9,7 +9,7 @@ from torch import Tensor
 from llmquant.kernels import cpu
 from llmquant.kernels.cpu import library
 from llmquant.primitives import dynamic
-from llmquant.primitives.dynamic import ALL_TOKENS, FLOAT8, Activation
+from llmquant.primitives.dynamic import ALL_TOKENS, FLOAT8, Activation, StaticScale
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
 
@@ -20,12 +20,15 @@ ACTIVATIONS = [
     *(Activation(group, dtype=FLOAT8) for group in (0, ALL_TOKENS, 1, 7, 32, 300)),
     *(Activation(32, dtype=name, scale_rule=rule) for name in MX for rule in RULES),
     *(Activation(group, dtype="nvfp4") for group in (0, ALL_TOKENS)),
+    Activation(ALL_TOKENS, dtype=FLOAT8, static=True),
 ]
+STATIC = StaticScale(torch.tensor([[0.013]]))
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.scheme)
 
 
 def assert_same(x: Tensor, activation: Activation) -> None:
-    found, wanted = cpu.fake_quantize(x, activation), dynamic.fake_quantize(x, activation)
+    static = STATIC if activation.static else None
+    found, wanted = cpu.fake_quantize(x, activation, static), dynamic.fake_quantize(x, activation, static)
     assert found.dtype == x.dtype and found.shape == x.shape and found.is_contiguous()
     bits = torch.int32 if x.dtype == torch.float32 else torch.int16
     same = (found.view(bits) == wanted.contiguous().view(bits)) | (found.isnan() & wanted.isnan())

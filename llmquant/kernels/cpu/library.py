@@ -55,6 +55,7 @@ class Rounding(ctypes.Structure):
         ("largest", c_float),
         ("least_normal", c_float),
         ("anchor", c_float),
+        ("fixed", c_void_p),
     )
 
 

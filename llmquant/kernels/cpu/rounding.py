@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmquant.kernels.cpu import library
 from llmquant.primitives import dynamic
-from llmquant.primitives.dynamic import ALL_TOKENS, FLOAT8, INT8, Activation, StaticScale
+from llmquant.primitives.dynamic import FLOAT8, INT8, Activation, StaticScale
 from llmquant.primitives.minifloat import MINIFLOATS
 
 _RULES = {"float8": 0, "floor": 1, "ceil": 2, "even": 3, "rceil": 4, "nvfp4": 5}
@@ -31,7 +31,7 @@ class _Element(NamedTuple):
 def fake_quantize(x: Tensor, activation: Activation, static: StaticScale | None = None) -> Tensor:
     """x float [..., K] -> what its codes stand for, rounded to x's dtype; by aten where no native code does it."""
     loaded = library.load()
-    served = static is None and activation.dtype != INT8 and x.is_cpu and x.dtype in library.FLOAT_TYPES
+    served = activation.dtype != INT8 and x.is_cpu and x.dtype in library.FLOAT_TYPES
     if loaded is None or not served:
         return dynamic.fake_quantize(x, activation, static)
     x = x.contiguous()
@@ -45,8 +45,9 @@ def fake_quantize(x: Tensor, activation: Activation, static: StaticScale | None 
         _group(activation, columns),
         library.FLOAT_TYPES[x.dtype],
         element.rule,
-        activation.group == ALL_TOKENS,
+        activation.is_joint,
         *element[1:],
+        None if static is None else static.scale.data_ptr(),
     )
     loaded.llmquant_round(ctypes.byref(rounding))
     return out

@@ -73,6 +73,7 @@ struct Rounding {
     float largest;                            // its largest number
     float least_normal;
     float anchor;  // 1.5 x 2^(23 - mantissa bits): what numbers are added to, so that just their own bits are left
+    const float* fixed;  // the scale of float8 where calibration chose it, or null
 };
 
 // One set of kernels. Every function may use all of torch's threads; no result depends on their number.

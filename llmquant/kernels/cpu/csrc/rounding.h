@@ -101,7 +101,8 @@ void round_groups(const Rounding& r, const float* all, float* values) {
         float* group = values + start;
         const float largest = all ? *all : float_of(largest_bits(group, count));
         const bool finite = largest <= std::numeric_limits<float>::max();
-        const float scale = finite ? largest / r.largest : std::numeric_limits<float>::quiet_NaN();
+        const float chosen = r.fixed ? *r.fixed : largest / r.largest;
+        const float scale = finite ? chosen : std::numeric_limits<float>::quiet_NaN();
         const float divisor = scale == 0 ? 1.f : scale;
 #pragma omp simd
         for (int64_t k = 0; k < count; ++k) group[k] = nearest(r, within(group[k] / divisor, r.largest)) * scale;
