@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int64_t PANEL = 64, DEPTH = 512;  // rows and columns that are unpacked at a time
+constexpr int64_t PANEL = 256, DEPTH = 512;  // rows and columns that are unpacked at a time
 constexpr int64_t SHORTEST = 128;           // columns of a span for which the way through memory pays
 constexpr int64_t LONGEST = 512;            // ... and whose products surely fit 32 bits
 
@@ -169,6 +169,70 @@ TILES void multiply_spans(const uint8_t* a, const int8_t* b, int64_t chunks, int
     for (int r = 0; r < TILE; ++r) _mm512_store_ps(sums + 16 * r, total[r]);
 }
 
+// Where the sums of a block of two tiles of rows and two of tokens lie.
+struct Corner {
+    float* sums;
+    int64_t row_step, token_step;  // to those of the second tile of rows, of tokens
+
+    float* of(int rows, int tokens) const { return sums + rows * row_step + tokens * token_step; }
+};
+
+// The same for two tiles of rows, `a_step` bytes apart, against two of tokens: a tile that was loaded serves twice.
+template <bool ZEROS>
+TILES void multiply_block(const uint8_t* a, int64_t a_step, int64_t chunks, int64_t spans, int64_t length, const float* scales,
+                          const float* zeros, const Tokens tokens[2], const Corner& corner, bool first) {
+    alignas(64) int32_t products[2][4][256];  // of two spans in turn: one is scaled while the next is multiplied
+    const auto finish = [&](int64_t i, int rows, int side) TILES __attribute__((always_inline)) {
+        const int32_t* found = products[i & 1][2 * rows + side];
+        const float *scale = scales + rows * TILE * spans + i, *zero = zeros + rows * TILE * spans + i;
+        float* total = corner.of(rows, side);
+        const __m512 token_scale = _mm512_load_ps(tokens[side].scales + 16 * i);
+        const __m512 token_sum = _mm512_load_ps(tokens[side].sums + 16 * i);
+        const bool fresh = first && i == 0;
+#pragma GCC unroll 4
+        for (int r = 0; r < TILE; ++r, total += 16) {
+            __m512 value = _mm512_cvtepi32_ps(_mm512_load_si512(found + 16 * r));
+            if (ZEROS) value = _mm512_fnmadd_ps(_mm512_set1_ps(zero[r * spans]), token_sum, value);
+            const __m512 before = fresh ? _mm512_setzero_ps() : _mm512_load_ps(total);
+            _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_set1_ps(scale[r * spans]), _mm512_mul_ps(token_scale, value), before));
+        }
+    };
+    const auto finish_span = [&](int64_t i) TILES {
+        for (int rows = 0; rows < 2; ++rows)
+            for (int side = 0; side < 2; ++side) finish(i, rows, side);
+    };
+    for (int64_t i = 0; i < spans; ++i) {
+        if (ZEROS) {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        } else {
+            _tile_loadd(0, tokens[0].starts + 16 * i, 0);
+            _tile_loadd(1, tokens[1].starts + 16 * i, 0);
+            _tile_loadd(2, tokens[0].starts + 16 * i, 0);
+            _tile_loadd(3, tokens[1].starts + 16 * i, 0);
+        }
+        for (int64_t c = i * length / CHUNK; c < (i + 1) * length / CHUNK && c < chunks; ++c) {
+            _tile_stream_loadd(4, a + c * TILE_BYTES, 64);
+            _tile_loadd(6, tokens[0].codes + c * TILE_BYTES, 64);
+            _tile_dpbusd(0, 4, 6);
+            _tile_stream_loadd(5, a + a_step + c * TILE_BYTES, 64);
+            _tile_dpbusd(2, 5, 6);
+            _tile_loadd(7, tokens[1].codes + c * TILE_BYTES, 64);
+            _tile_dpbusd(1, 4, 7);
+            _tile_dpbusd(3, 5, 7);
+        }
+        int32_t(*to)[256] = products[i & 1];
+        _tile_stored(0, to[0], 64);
+        _tile_stored(1, to[1], 64);
+        _tile_stored(2, to[2], 64);
+        _tile_stored(3, to[3], 64);
+        if (i > 0) finish_span(i - 1);
+    }
+    finish_span(spans - 1);
+}
+
 TARGET void store_sums(const Matrix& w, const Inputs& in, const float* sums, int64_t row, int64_t token) {
     __m512i v[TILE];
     for (int i = 0; i < TILE; ++i) v[i] = _mm512_load_si512(sums + 16 * i);
@@ -211,15 +275,32 @@ TILES void int8_tile_linear(const Matrix& w, const Inputs& in) {
                 const int64_t stop = k + DEPTH < w.columns ? k + DEPTH : w.columns;
                 const int64_t spans = (stop - k + s.length - 1) / s.length, chunks = (stop - k + CHUNK - 1) / CHUNK;
                 unpack_panel(w, s, cutter, groups, row, last, k, stop, zeros, weights);
-                for (int64_t t = 0; t < tiles; ++t) {
+                const auto tokens_of = [&](int64_t t) {
                     const Tokens all = tokens_at(packed, s, t);
                     const int64_t at = k / s.length * 16;
-                    const Tokens here = {all.codes + k / CHUNK * TILE_BYTES, all.scales + at, all.sums + at, all.starts + at};
-                    for (int64_t r = 0; r < row_tiles; ++r)
-                        (zeros ? multiply_spans<true> : multiply_spans<false>)(
-                            weights.codes + r * chunks * TILE_BYTES, here.codes, chunks, spans, s.length,
-                            weights.scales + r * TILE * spans, weights.zeros + r * TILE * spans, here,
-                            sums + (t * (panel / TILE) + r) * 256, k == 0);
+                    return Tokens{all.codes + k / CHUNK * TILE_BYTES, all.scales + at, all.sums + at, all.starts + at};
+                };
+                const int64_t row_step = 256, token_step = panel / TILE * 256;
+                for (int64_t t = 0; t < tiles; t += 2) {
+                    const int64_t wide = t + 1 < tiles ? 2 : 1;
+                    const Tokens here[2] = {tokens_of(t), tokens_of(t + wide - 1)};
+                    for (int64_t r = 0; r < row_tiles; r += 2) {
+                        const int64_t tall = r + 1 < row_tiles ? 2 : 1;
+                        const uint8_t* codes = weights.codes + r * chunks * TILE_BYTES;
+                        const float *scales = weights.scales + r * TILE * spans, *points = weights.zeros + r * TILE * spans;
+                        float* to = sums + t * token_step + r * row_step;
+                        if (tall == 2 && wide == 2) {
+                            (zeros ? multiply_block<true> : multiply_block<false>)(codes, chunks * TILE_BYTES, chunks, spans,
+                                                                                   s.length, scales, points, here,
+                                                                                   {to, row_step, token_step}, k == 0);
+                            continue;
+                        }
+                        for (int64_t i = 0; i < tall * wide; ++i)
+                            (zeros ? multiply_spans<true> : multiply_spans<false>)(
+                                codes + i / wide * chunks * TILE_BYTES, here[i % wide].codes, chunks, spans, s.length,
+                                scales + i / wide * TILE * spans, points + i / wide * TILE * spans, here[i % wide],
+                                to + i / wide * row_step + i % wide * token_step, k == 0);
+                    }
                 }
             }
             for (int64_t t = 0; t < tiles; ++t)
