@@ -45,12 +45,10 @@ INLINE2 float fix_floats(const Inputs& in, int64_t at, int64_t count, int reach,
         top = _mm256_max_ps(top, _mm256_andnot_ps(_mm256_set1_ps(-0.f), x[i]));
         *bad = _mm256_or_si256(*bad, not_finite(x[i]));
     }
-    const float largest = max_across(top);
-    int exponent = static_cast<int>(bits_of(largest) >> 23) - 127 - reach;
-    exponent = exponent < -126 ? -126 : exponent;
-    const __m256 inverse = _mm256_set1_ps(float_of(static_cast<uint32_t>(127 - exponent) << 23));
-    for (int i = 0; i < 4; ++i) code[i] = _mm256_cvtps_epi32(_mm256_mul_ps(x[i], inverse));
-    return largest > 0 ? float_of(static_cast<uint32_t>(exponent + 127) << 23) : 0.f;
+    float inverse;
+    const float scale = fixed_point(max_across(top), reach, &inverse);
+    for (int i = 0; i < 4; ++i) code[i] = _mm256_cvtps_epi32(_mm256_mul_ps(x[i], _mm256_set1_ps(inverse)));
+    return scale;
 }
 
 // Bytes of a vector in another order. `here` and `there`: places in the same and in the other half, or 128.
