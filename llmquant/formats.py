@@ -81,6 +81,29 @@ class Format:
         return self.packing.row_bytes(columns, self.bits)
 
 
+@dataclass(frozen=True)
+class Method:
+    """A way to choose codes and scales: one row of the table of algorithms.
+
+    Attributes:
+        summary: what it does, in the words of a help page.
+        needs: what it needs beside the weight: nothing, `hessian` (of `InputStats`), or `model` (a driver that runs the
+            model and hands over finished codes).
+        within_rows: whether a scale must not reach over several rows.
+    """
+
+    summary: str
+    needs: str = ""
+    within_rows: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "search": Method("least-squares scales"),
+    "rtn": Method("round to nearest"),
+    "gptq": Method("rounds column by column, later columns make up for earlier errors", "hessian", within_rows=True),
+}
+
+
 FORMATS: dict[str, Format] = {}
 
 
@@ -111,7 +134,7 @@ def _integer(bits: int) -> Format:
         asymmetric=True,
         # One bit is a sign: its two codes lie around zero.
         midpoint=0.5 if bits == 1 else float(2 ** (bits - 1)),
-        algorithms=("search", "rtn"),
+        algorithms=("search", "rtn", "gptq"),
     )
 
 
@@ -123,6 +146,7 @@ def _float8(name: str, dtype: torch.dtype) -> Format:
         numerics_module="llmquant.primitives.lowfloat",
         dtype=dtype,
         granularities=("row", "tensor", "block"),
+        algorithms=("rtn", "gptq"),
         element=str(dtype).removeprefix("torch.float8_"),
     )
 
@@ -135,7 +159,7 @@ def _mx(name: str, bits: int, element: str) -> Format:
         numerics_module="llmquant.primitives.mx",
         granularities=("group",),
         group_size=32,
-        algorithms=("search", "rtn"),
+        algorithms=("search", "rtn", "gptq"),
         element=element,
         fixed_group=True,
         scale_dtypes=(torch.float8_e8m0fnu,),
@@ -152,7 +176,7 @@ def _nf4(name: str, double_quant: bool) -> Format:
         granularities=("group",),
         group_size=64,
         midpoint=7.0,
-        algorithms=("search", "rtn"),
+        algorithms=("search", "rtn", "gptq"),
         scale_dtypes=(torch.uint8,) if double_quant else (),
         row_scale=double_quant,
     )
@@ -175,7 +199,7 @@ register_format(
         numerics_module="llmquant.primitives.nvfp4",
         granularities=("group",),
         group_size=16,
-        algorithms=("search", "rtn"),
+        algorithms=("search", "rtn", "gptq"),
         element="e2m1",
         fixed_group=True,
         scale_dtypes=(torch.float8_e4m3fn,),

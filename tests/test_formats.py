@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmquant.algorithms import ALGORITHMS
 from llmquant.errors import ConfigError
-from llmquant.formats import FORMATS, get_format, register_format
+from llmquant.formats import FORMATS, METHODS, get_format, register_format
 from llmquant.packing import bits as dense
 from llmquant.primitives.granularity import MappingType
 from llmquant.primitives.spec import QParams, QuantSpec
@@ -26,7 +25,7 @@ def test_rows_are_complete(name: str) -> None:
     assert row.storage in STORAGE
     assert row.granularities and set(row.granularities) <= {"group", "row", "tensor", "block"}
     assert (row.group_size is None) or "group" in row.granularities
-    assert row.algorithms and set(row.algorithms) <= set(ALGORITHMS)
+    assert row.algorithms and set(row.algorithms) <= set(METHODS)
     for function in ("choose_qparams", "encode", "decode", "largest_scaled"):
         assert callable(getattr(row.numerics, function))
     if "search" in row.algorithms:

@@ -13,7 +13,6 @@ from cases import ALL_CASES, DTYPES, ELEMENT_BITS, ONE_PER_FORMAT, SHAPES, Case,
 from models import Folders, load
 from torch import Tensor, nn
 
-from llmquant import quantize as module
 from llmquant.config.base import WeightOnlyConfig
 from llmquant.config.named import Float8WeightOnlyConfig
 from llmquant.config.schemes import parse_scheme
@@ -22,6 +21,8 @@ from llmquant.primitives.granularity import MappingType, PerGroup, PerTensor
 from llmquant.primitives.metrics import compute_error
 from llmquant.primitives.stats import InputStats
 from llmquant.quantize import QuantizationReport, check_weight, quantize_, quantize_weight
+from llmquant.quantize import model as quantize_model
+from llmquant.quantize import weight as quantize_matrix
 from llmquant.tensor import QuantizedTensor
 
 every_case = pytest.mark.parametrize("case", ALL_CASES, ids=str)
@@ -55,8 +56,8 @@ def test_chunks_make_no_difference(case: Case, monkeypatch: pytest.MonkeyPatch) 
     plain = make_weight((9, 70))
     whole = case.quantize(plain)
     for elements in (1, 210):
-        monkeypatch.setattr(module, "_CHUNK_ELEMENTS", elements)
-        monkeypatch.setattr(module, "_SMALLEST_CHUNK", elements)
+        monkeypatch.setattr(quantize_matrix, "_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(quantize_matrix, "_SMALLEST_CHUNK", elements)
         assert torch.equal(case.quantize(plain), whole)
 
 
@@ -403,7 +404,7 @@ def test_progress_never_goes_back_and_ends_at_the_total() -> None:
 
 def test_callbacks_see_model_config_and_report(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple] = []
-    monkeypatch.setattr(module, "AFTER_QUANTIZE", [lambda *args: seen.append(args)])
+    monkeypatch.setattr(quantize_model, "AFTER_QUANTIZE", [lambda *args: seen.append(args)])
     model = Toy()
     report = quantize_(model, EVERYTHING)
     assert seen[0][0] is model and seen[0][2] is report and list(dict(seen[0][1].items())) == list(EVERYTHING)

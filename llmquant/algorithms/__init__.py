@@ -1,7 +1,8 @@
 """Algorithms choose codes and scales. They are pure functions on arrays and have never seen a module.
 
 Every algorithm has the signature of `rtn`: rows [R, K] float32, their importance [R, K] (0 = ignore)
-and a spec -> `Codes`. Rows are independent, so a caller may hand over any whole blocks of rows.
+and a spec -> `Codes`. Rows are independent, so a caller may hand over any whole blocks of rows. Calibrated ones become
+such a function when they are given the statistics of a matrix's inputs.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from llmquant.algorithms.gptq import gptq
 from llmquant.algorithms.rtn import Codes, rtn
 from llmquant.algorithms.search import search
 from llmquant.primitives.spec import QuantSpec
+from llmquant.primitives.stats import InputStats
 
 Algorithm = Callable[[Tensor, "Tensor | None", QuantSpec], Codes]
+Note = Callable[[str], None]
+"""Told in words what did not go as asked, for the report."""
 
 ALGORITHMS: dict[str, Algorithm] = {"rtn": rtn, "search": search}
+CALIBRATED: dict[str, Callable[[InputStats, Note], Algorithm]] = {"gptq": gptq}
 
-__all__ = ["ALGORITHMS", "Algorithm", "Codes"]
+__all__ = ["ALGORITHMS", "CALIBRATED", "Algorithm", "Codes", "Note"]

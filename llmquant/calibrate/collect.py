@@ -87,7 +87,7 @@ def collect_stats(
         ConfigError, NothingToQuantizeError, AlreadyQuantizedError, TextError: as `quantize_` and `load_text`.
     """
     plan = make_plan(model, to_config(config), filter_fn)
-    watched = [_watch(model, candidate, observer) for candidate in plan.calibrated]
+    watched = [_watch(model, candidate, observer) for candidate, _ in plan.calibrated.values()]
     if not watched:
         raise CalibrationError("the config has no static activation that needs a calibration run", hint="s8-int8")
     batches = _batches(data, tokenizer, windows)

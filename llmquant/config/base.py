@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llmquant.errors import ConfigError
-from llmquant.formats import FORMATS, Format, get_format
+from llmquant.formats import FORMATS, METHODS, Format, get_format
 from llmquant.primitives.dynamic import ALL_TOKENS, DEFAULT_GROUP, Activation
 from llmquant.primitives.granularity import (
     Granularity,
@@ -24,6 +24,8 @@ from llmquant.primitives.granularity import (
     granularity_name,
 )
 from llmquant.primitives.spec import QuantSpec
+
+_OVER_ROWS = ("tensor", "block")
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -81,6 +83,8 @@ class QuantConfig:
             raise ConfigError(
                 f"{row.name} has no algorithm {self.algorithm!r}", hint=f"one of {', '.join(row.algorithms)}"
             )
+        if not self._has(self.algorithm):
+            raise ConfigError(f"{self.algorithm} needs scales per group or row, not per {shared}")
         if self.scale_rule is not None and self.scale_rule not in row.scale_rules:
             known = ", ".join(row.scale_rules)
             raise ConfigError(
@@ -94,9 +98,13 @@ class QuantConfig:
         return QuantSpec(get_format(self.format), block, self.mapping_type, self.scale_dtype, self.scale_rule)
 
     def with_algorithm(self, algorithm: str) -> QuantConfig:
-        """The same with another algorithm, where the format has it."""
+        """The same with another algorithm, where the format and the granularity have it."""
+        return from_dict({**self.to_dict(), "algorithm": algorithm}) if self._has(algorithm) else self
+
+    def _has(self, algorithm: str) -> bool:
+        assert self.granularity is not None
         known = algorithm in get_format(self.format).algorithms
-        return from_dict({**self.to_dict(), "algorithm": algorithm}) if known else self
+        return known and not (METHODS[algorithm].within_rows and granularity_name(self.granularity) in _OVER_ROWS)
 
     @property
     def scheme(self) -> str:

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmquant.algorithms import ALGORITHMS
+from llmquant.algorithms import ALGORITHMS, CALIBRATED
 from llmquant.algorithms.rtn import Codes, blocks_and_weights
 from llmquant.algorithms.search import weighted_error
-from llmquant.formats import FORMATS
+from llmquant.formats import METHODS
 from llmquant.primitives.blocks import from_blocks, to_blocks
 from llmquant.primitives.metrics import compute_error
 from llmquant.primitives.spec import QuantSpec
@@ -110,7 +110,7 @@ def test_search_is_better_than_rtn_on_normal_weights(case: Case) -> None:
 def test_shapes_dtypes_and_code_range(case: Case, rows: Tensor) -> None:
     spec = spec_of(case, rows)
     blocks = to_blocks(rows, spec.block)
-    for name in case.format.algorithms:
+    for name in ALGORITHMS.keys() & set(case.format.algorithms):
         codes, qparams = ALGORITHMS[name](rows, None, spec)
         assert codes.dtype == torch.uint8 and codes.shape == rows.shape
         assert int(codes.max()) <= spec.format.top_code
@@ -128,7 +128,7 @@ def test_rows_are_independent(case: Case) -> None:
     rows = make_weight((9, 70), seed=1)
     importance = torch.rand(9, 70, generator=torch.Generator().manual_seed(1))
     spec = spec_of(case, rows)
-    for name in case.format.algorithms:
+    for name in ALGORITHMS.keys() & set(case.format.algorithms):
         whole = ALGORITHMS[name](rows, importance, spec)
         for part in (slice(0, 4), slice(4, 9), slice(8, 9)):
             found = ALGORITHMS[name](rows[part], importance[part], spec)
@@ -141,7 +141,7 @@ def test_rows_are_independent(case: Case) -> None:
 def test_inputs_stay_as_they_are(case: Case) -> None:
     rows, importance = make_weight((3, 70)), torch.rand(3, 70)
     before = rows.clone(), importance.clone()
-    for name in case.format.algorithms:
+    for name in ALGORITHMS.keys() & set(case.format.algorithms):
         ALGORITHMS[name](rows, importance, spec_of(case, rows))
     assert torch.equal(rows, before[0]) and torch.equal(importance, before[1])
 
@@ -175,7 +175,7 @@ def test_search_compares_with_the_errors_of_what_will_be_stored() -> None:
     case = Case("int3-g32-asym")
     rows = make_weight((4, 70), seed=4)
     spec = spec_of(case, rows)
-    for name in case.format.algorithms:
+    for name in ALGORITHMS.keys() & set(case.format.algorithms):
         codes = ALGORITHMS[name](rows, None, spec)
         x, weights = blocks_and_weights(rows, None, spec)
         found = weighted_error(x, weights, codes.qparams, spec).double()
@@ -214,9 +214,9 @@ def test_without_importance_search_weighs_large_weights_more() -> None:
         assert errors(rows, ones, flat, spec).sum() < errors(rows, ones, found, spec).sum()
 
 
-def test_formats_name_algorithms_that_exist() -> None:
-    for row in FORMATS.values():
-        assert row.algorithms and set(row.algorithms) <= set(ALGORITHMS)
+def test_the_table_of_methods_says_what_each_algorithm_needs() -> None:
+    assert {name for name, method in METHODS.items() if not method.needs} == set(ALGORITHMS)
+    assert {name for name, method in METHODS.items() if method.needs == "hessian"} == set(CALIBRATED)
 
 
 def test_search_gains_what_was_measured() -> None:

@@ -40,7 +40,7 @@ from llmquant.config.named import (
 )
 from llmquant.config.schemes import parse_config, parse_scheme
 from llmquant.errors import ConfigError, LlmQuantError
-from llmquant.formats import FORMATS
+from llmquant.formats import FORMATS, METHODS
 from llmquant.primitives.dynamic import ALL_TOKENS, FLOAT8, Activation
 from llmquant.primitives.granularity import (
     MappingType,
@@ -79,12 +79,14 @@ def configs(draw: st.DrawFn) -> QuantConfig:
         st.sampled_from(["", "floor", "ceil", "even", "rceil"]),
     )
     nvfp4 = st.builds(Activation, st.sampled_from([0, ALL_TOKENS]), st.just(False), st.just("nvfp4"))
+    shared = draw(st.sampled_from(row.granularities))
+    algorithms = [name for name in row.algorithms if shared in ("group", "row") or not METHODS[name].within_rows]
     return QuantConfig(
         row.name,
-        granularity[draw(st.sampled_from(row.granularities))],
+        granularity[shared],
         draw(st.sampled_from(list(MappingType) if row.asymmetric else [MappingType.SYMMETRIC])),
         draw(st.sampled_from([None, *(row.scale_dtypes or SCALE_DTYPES.values())])),
-        draw(st.sampled_from([None, *row.algorithms])),
+        draw(st.sampled_from([None, *algorithms])),
         draw(st.one_of(st.none(), int8, float8, static, mx, nvfp4)),
     )
 
