@@ -1,0 +1,1 @@
+"""Quantization-aware training: fake quantization while a model trains, quantized tensors afterwards."""
