@@ -1,1 +1,1 @@
-"""What needs the model itself: algorithms that run it block by block, changes of its weights, choices between schemes."""
+"""What needs the model itself: algorithms that run it, changes of its weights, choices of schemes."""
