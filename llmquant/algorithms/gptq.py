@@ -43,9 +43,6 @@ def gptq(stats: InputStats, note: Callable[[str], None]) -> Callable[[Tensor, Te
         note: told in words what did not go as asked.
     """
     assert stats.hessian is not None
-    if stats.tokens is not None and not int(stats.tokens):
-        note("no token reached it: scales from search instead of gptq")
-        return _scales
     factor = factorize(stats.hessian, note)
     if factor is None:
         note("its Hessian cannot be inverted: scales from search instead of gptq")

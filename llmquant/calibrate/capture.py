@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from llmquant.calibrate.observers import Observer
 from llmquant.config.candidates import Candidate
 
 # A product -> the dimension of the weight that sums run over where it comes right after the input. Matrix products may
@@ -28,13 +27,20 @@ _PRODUCTS |= {getattr(owner, name): -2 for owner in (torch, Tensor) for name in 
 _PRODUCTS[Tensor.__matmul__] = -2
 
 
+class Shown(Protocol):
+    """Whoever is shown the inputs of a matrix."""
+
+    def update(self, x: Tensor) -> None:
+        """Takes note of inputs [..., K] of any float dtype."""
+
+
 @dataclass(frozen=True)
 class Watched:
     """A weight and who is shown its inputs: one observer, or one an expert."""
 
     candidate: Candidate
     weight: Tensor
-    observers: Sequence[Observer]
+    observers: Sequence[Shown]
 
     @property
     def step(self) -> int:

@@ -7,18 +7,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from llmquant.calibrate.capture import Capture, Watched
+from llmquant.calibrate.capture import Capture
 from llmquant.calibrate.data import calibration_windows, tokenized
 from llmquant.calibrate.observers import MinMaxObserver, Observer
+from llmquant.calibrate.watch import MEAN_SQUARE, Watch
+from llmquant.config.candidates import Candidate
 from llmquant.config.recipe import to_config
 from llmquant.errors import CalibrationError
 from llmquant.measure.evaluate import inference
 from llmquant.measure.text import BUILTIN
 from llmquant.primitives.stats import InputStats
-from llmquant.quantize import Progress, make_plan
+from llmquant.quantize import Plan, Progress, make_plan
+from llmquant.quantize.plan import MODEL, is_embedding, needed_stats
 
 Batches = Iterable[Tensor | Mapping[str, Any]]
 """Token ids [B, T], or the keyword arguments of the model's forward."""
@@ -30,13 +32,13 @@ class Calibration(Mapping[str, InputStats]):
 
     Attributes:
         stats: the same as a plain mapping.
-        tokens: how many tokens the model read.
         warnings: what the user should look at, for instance experts that no token chose.
+        tokens: how many tokens the model read.
     """
 
     stats: Mapping[str, InputStats]
+    warnings: tuple[str, ...]
     tokens: int
-    warnings: tuple[str, ...] = ()
 
     def __getitem__(self, fqn: str) -> InputStats:
         return self.stats[fqn]
@@ -59,6 +61,7 @@ def collect_stats(
     *,
     tokenizer: Any = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    imatrix: bool = False,
     observer: Callable[[], Observer] = MinMaxObserver,
     progress: Progress | None = None,
     **windows: int,
@@ -72,42 +75,55 @@ def collect_stats(
 
     Args:
         model: the model that `quantize_` is to be called with.
-        config: what `quantize_` takes; its static activations say which weights are watched.
+        config: what `quantize_` takes; its static activations and algorithms say which weights are watched for what.
         data: the name or path of a text (see `calibration_windows`), texts, token ids [W, T] (a window at a time), or
             batches: ids [B, T] or mappings of the model's arguments. Texts need the tokenizer.
         tokenizer: that of the model.
         filter_fn: as for `quantize_`.
-        observer: makes what watches one weight, or one expert.
+        imatrix: whether the mean square of every column's inputs is wanted too, by which errors are then weighed.
+        observer: makes what finds the range of the inputs of one weight, or of one expert.
         progress: called before each batch, with batches done and in all.
         **windows: `tokens`, `context` and `seed` of `calibration_windows`; of texts, `context`.
 
     Raises:
-        CalibrationError: if the config needs no run, or the run does not say enough: a weight that no token reached,
-            inputs that are not finite.
+        CalibrationError: if nothing needs a run, or the run does not say enough: a weight that no token reached, inputs
+            that are not finite.
         ConfigError, NothingToQuantizeError, AlreadyQuantizedError, TextError: as `quantize_` and `load_text`.
     """
     plan = make_plan(model, to_config(config), filter_fn)
-    watched = [_watch(model, candidate, observer) for candidate, _ in plan.calibrated.values()]
-    if not watched:
-        raise CalibrationError("the config has no static activation that needs a calibration run", hint="s8-int8")
-    batches = _batches(data, tokenizer, windows)
+    watch = Watch(model, wanted(plan, imatrix), observer)
+    batches = as_batches(data, tokenizer, windows)
     tokens = 0
-    with inference(model), _one_by_one(model), Capture(watched):
+    with inference(model), one_by_one(model), Capture(watch.watched):
         for index, batch in enumerate(batches):
             if progress:
                 progress(index, len(batches), "")
-            tokens += _run(model, batch)
+            tokens += run(model, batch)
     if progress:
         progress(len(batches), len(batches), "")
-    return _calibration(watched, tokens)
+    return Calibration(*watch.stats(), tokens)
 
 
-def _watch(model: nn.Module, candidate: Any, observer: Callable[[], Observer]) -> Watched:
-    matrices = candidate.shape[0] if len(candidate.shape) == 3 else 1
-    return Watched(candidate, model.get_parameter(candidate.name).detach(), [observer() for _ in range(matrices)])
+def wanted(plan: Plan, imatrix: bool = False) -> list[tuple[Candidate, frozenset[str]]]:
+    """The weights to watch, and the fields of `InputStats` that are asked for.
+
+    Raises:
+        CalibrationError: if there are none.
+    """
+    by_name = {name: needed_stats(config) - {MODEL} for name, (_, config) in plan.calibrated.items()}
+    importance = frozenset([MEAN_SQUARE] if imatrix else [])
+    found = [
+        (c, by_name.get(c.name, frozenset()) | importance) for c, _ in plan.chosen if imatrix or by_name.get(c.name)
+    ]
+    found = [(c, fields) for c, fields in found if not is_embedding(c)]
+    if not found:
+        raise CalibrationError(
+            "the config has nothing that needs a calibration run", hint="s8-int8, the algorithm gptq, or imatrix=True"
+        )
+    return found
 
 
-def _batches(data: Any, tokenizer: Any, windows: Mapping[str, int]) -> Sequence[Tensor | Mapping[str, Any]]:
+def as_batches(data: Any, tokenizer: Any, windows: Mapping[str, int]) -> Sequence[Tensor | Mapping[str, Any]]:
     if isinstance(data, Tensor):
         return list(data.split(1))
     found: list[Any] = [data] if isinstance(data, str) else list(data)
@@ -123,7 +139,7 @@ def _batches(data: Any, tokenizer: Any, windows: Mapping[str, int]) -> Sequence[
 
 
 @contextmanager
-def _one_by_one(model: Any) -> Iterator[None]:
+def one_by_one(model: Any) -> Iterator[None]:
     """Experts of a transformers model take their tokens one expert at a time, so that each product can be seen."""
     if not hasattr(model, "get_experts_implementation"):
         yield
@@ -136,7 +152,7 @@ def _one_by_one(model: Any) -> Iterator[None]:
         model.set_experts_implementation(before)
 
 
-def _run(model: nn.Module, batch: Tensor | Mapping[str, Any]) -> int:
+def run(model: nn.Module, batch: Tensor | Mapping[str, Any]) -> int:
     """Shows the model one batch; returns how many tokens it has."""
     device = next(model.parameters()).device
     if isinstance(batch, Tensor):
@@ -144,48 +160,3 @@ def _run(model: nn.Module, batch: Tensor | Mapping[str, Any]) -> int:
         return batch.numel()
     model(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
     return int(batch["input_ids"].numel()) if "input_ids" in batch else 0
-
-
-# --- from observers to statistics -----------------------------------------------------------------------
-
-
-def _calibration(watched: Sequence[Watched], tokens: int) -> Calibration:
-    unseen = [w.candidate.name for w in watched if not any(o.tokens for o in w.observers)]
-    if unseen:
-        more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
-        raise CalibrationError(
-            "the calibration run never multiplied by these weights",
-            where=", ".join(unseen[:3]) + more,
-            hint="more or other tokens, or a scheme without static activations for them",
-        )
-    warnings = tuple(filter(None, map(_idle_experts, watched)))
-    return Calibration({w.candidate.name: _stats(w) for w in watched}, tokens, warnings)
-
-
-def _stats(watched: Watched) -> InputStats:
-    """Ranges [] or [experts]; experts that met no token get the widest range of the others."""
-    ends = torch.stack([torch.stack(o.bounds()) for o in watched.observers if o.tokens])  # [seen, 2]
-    if not ends.isfinite().all():
-        raise CalibrationError(
-            "the inputs of a weight are not finite",
-            where=watched.candidate.name,
-            hint="a wider dtype for the model, or a check of its weights",
-        )
-    if len(watched.candidate.shape) == 2:
-        return InputStats(low=ends[0, 0], high=ends[0, 1])
-    low = torch.full((len(watched.observers),), float(ends[:, 0].min()))
-    high = torch.full((len(watched.observers),), float(ends[:, 1].max()))
-    seen = torch.tensor([bool(o.tokens) for o in watched.observers])
-    low[seen], high[seen] = ends[:, 0], ends[:, 1]
-    return InputStats(low=low, high=high)
-
-
-def _idle_experts(watched: Watched) -> str | None:
-    idle = [i for i, observer in enumerate(watched.observers) if not observer.tokens]
-    if not idle:
-        return None
-    named = ", ".join(map(str, idle[:8])) + (f" and {len(idle) - 8} more" if len(idle) > 8 else "")
-    return (
-        f"{watched.candidate.name}: no token chose {len(idle)} of {len(watched.observers)} experts ({named}); "
-        "their inputs get the widest range of the others"
-    )

@@ -17,6 +17,9 @@ from llmquant.primitives.stats import InputStats
 from llmquant.quantize.weight import CALIBRATE_HINT
 from llmquant.tensor import QuantizedTensor
 
+MODEL = "model"
+"""What an algorithm needs that runs the model itself."""
+
 
 class Plan(NamedTuple):
     """What is to be done to a model, before anything is done."""
@@ -32,7 +35,7 @@ class Plan(NamedTuple):
         """
         found: dict[str, Any] = self.resolution.chosen
         pairs = [(c, found[c.name]) for c in self.inventory.candidates if c.name in found]
-        return [(c, _uncalibrated(config) if _is_embedding(c) else config) for c, config in pairs]
+        return [(c, _uncalibrated(config) if is_embedding(c) else config) for c, config in pairs]
 
     @property
     def calibrated(self) -> dict[str, tuple[Candidate, QuantConfig]]:
@@ -43,7 +46,7 @@ class Plan(NamedTuple):
         """
         found = {c.name: (c, config) for c, config in self.chosen if needed_stats(config)}
         for candidate, _ in found.values():
-            if _is_embedding(candidate):
+            if is_embedding(candidate):
                 raise CalibrationError(
                     "an embedding meets no activations that could have a static scale",
                     where=candidate.name,
@@ -106,7 +109,8 @@ def check_stats(plan: Plan, stats: Mapping[str, InputStats] | None) -> None:
         )
 
 
-def _is_embedding(candidate: Candidate) -> bool:
+def is_embedding(candidate: Candidate) -> bool:
+    """Whether a weight is looked up and never multiplied: it meets no inputs."""
     return all(role is Role.embedding for role in candidate.roles)
 
 

@@ -110,7 +110,7 @@ def test_experts_without_tokens_get_the_widest_range_of_the_others_and_a_warning
     assert torch.equal(found["up_proj"].low, low * torch.tensor([1.0, 3, 3, 3]))
     assert torch.equal(found["up_proj"].high, high * torch.tensor([1.0, 3, 3, 3]))
     (warning,) = found.warnings
-    assert "up_proj" in warning and "2 of 4 experts (1, 3)" in warning and "widest" in warning
+    assert "up_proj" in warning and "2 of 4 experts (1 (0), 3 (0))" in warning and "widest" in warning
     assert warning in str(found)
     assert not collect_stats(Experts((0, 1, 2, 3)), {"_experts": "s8-int8"}, [x]).warnings
 
@@ -189,7 +189,7 @@ class Toy(nn.Module):
 
 IDS = torch.arange(6)[None]
 REFUSED: dict[str, tuple[Any, Any, str]] = {
-    "nothing static": ("a8-int8", IDS, "no static activation"),
+    "nothing static": ("a8-int8", IDS, "nothing that needs"),
     "an embedding": ({"_embedding": "s8-int8"}, IDS, "embedding meets no activations"),
     "a layer that is not used": ("s8-int8", IDS, r"never multiplied(.|\n)*idle.weight"),
     "no batches": ({"up": "s8-int8"}, [], "nothing to calibrate on"),
