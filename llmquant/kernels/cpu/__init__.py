@@ -264,11 +264,12 @@ class NativeMatrix:
 
 
 def matrix_of(weight: Packed) -> NativeMatrix:
-    """The C view of a matrix, made once for each `Packed`."""
-    found = weight.__dict__.get("native")
-    if found is None:
-        found = weight.__dict__["native"] = NativeMatrix(weight)
-    return found
+    """The C view of a matrix, made once for each `Packed`, which keeps it alive.
+
+    Threads that meet at a new weight all get the one that is kept: another would be gone while native code reads it.
+    """
+    kept = weight.__dict__
+    return kept.get("native") or kept.setdefault("native", NativeMatrix(weight))
 
 
 @functools.cache
