@@ -127,9 +127,11 @@ def before_a_forbidden_page(tensor: Tensor) -> Tensor:
 def test_the_kernel_stays_in_its_memory(case: Case) -> None:
     for rows, columns in ((33, 100), (5, 3)):
         weight = packed(case, rows, columns)
-        fields = (None if t is None else before_a_forbidden_page(t) for t in weight[:3])
+        parts = {"qdata": weight.qdata, "scale": weight.scale, "zero_point": weight.zero_point}
+        moved = weight._replace(**{n: None if t is None else before_a_forbidden_page(t) for n, t in parts.items()})
+        moved.outer = None if weight.outer is None else before_a_forbidden_page(weight.outer)
         x, bias = before_a_forbidden_page(torch.randn(17, columns)), before_a_forbidden_page(torch.randn(rows))
-        found = TRITON.linear(x, Packed(*fields, *weight[3:]), bias)
+        found = TRITON.linear(x, moved, bias)
         torch.testing.assert_close(found, reference.linear(x, weight, bias))
 
 
