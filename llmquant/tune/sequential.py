@@ -72,6 +72,8 @@ def quantize_with_data_(
     resolved = to_config(config)
     plan = make_plan(model, resolved, filter_fn)
     given = imatrix if isinstance(imatrix, Mapping) else {}
+    if given and not plan.calibrated:
+        return quantize_(model, resolved, filter_fn=filter_fn, stats=given, progress=progress)
     batches = as_batches(data, tokenizer, {"tokens": DEFAULT_TOKENS, **windows})
     if not any(HESSIAN in needed_stats(chosen) for _, chosen in plan.chosen):
         seen = collect_stats(
