@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -150,3 +151,11 @@ def _few_tokens(name: str, kept: Sequence[Notes], stats: InputStats) -> str | No
     else:
         instead = f"below {columns} tokens, the inputs of all experts count for the rest"
     return f"{name}: too few tokens chose {len(few)} of {len(kept)} experts ({named}); {instead}"
+
+
+def weighed(stats: Mapping[str, InputStats], importance: Mapping[str, InputStats]) -> dict[str, InputStats]:
+    """Statistics with the mean squares of another run in place of their own."""
+    found = dict(stats)
+    for name, other in importance.items():
+        found[name] = replace(found.get(name, InputStats()), mean_square=other.mean_square)
+    return found

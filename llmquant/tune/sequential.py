@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from llmquant.calibrate.capture import Capture
 from llmquant.calibrate.collect import Batches, as_batches, collect_stats, wanted
 from llmquant.calibrate.observers import MinMaxObserver, Observer
 from llmquant.calibrate.walk import Batch, Block, Chain, find_blocks, walking
-from llmquant.calibrate.watch import HESSIAN, Watch
+from llmquant.calibrate.watch import HESSIAN, Watch, weighed
 from llmquant.config.base import QuantConfig
 from llmquant.config.candidates import Candidate
 from llmquant.config.recipe import to_config, to_pairs
@@ -90,14 +89,6 @@ def quantize_with_data_(
         report = work.finish()
     kept.remove()
     return report
-
-
-def weighed(stats: Mapping[str, InputStats], importance: Mapping[str, InputStats]) -> dict[str, InputStats]:
-    """Statistics with the mean squares of another run in place of their own."""
-    found = dict(stats)
-    for name, other in importance.items():
-        found[name] = replace(found.get(name, InputStats()), mean_square=other.mean_square)
-    return found
 
 
 class _Sequential:

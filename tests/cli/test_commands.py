@@ -300,7 +300,7 @@ def test_calibration_follows_text_count_and_seed(plain: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--recipe", "int8", "--calib", "builtin"], "no scheme here needs --calib"),
+        (["--recipe", "int8", "--calib", "builtin"], "nothing here needs --calib"),
         (["--recipe", "s8-int8", "--calib", "no/such/file"], "cannot be read"),
         (["--recipe", "s8-int8", "--calib-tokens", "0"], "none to calibrate on"),
     ],

@@ -11,11 +11,12 @@ from models import VOCAB, Folders, load
 from torch import Tensor, nn
 
 from llmquant.calibrate.collect import collect_stats
+from llmquant.calibrate.watch import weighed
 from llmquant.config.recipe import to_config, with_algorithm
 from llmquant.errors import CalibrationError, ConfigError
 from llmquant.quantize import QuantizationReport, quantize_
 from llmquant.tensor import QuantizedTensor
-from llmquant.tune.sequential import quantize_with_data_, weighed
+from llmquant.tune.sequential import quantize_with_data_
 
 GPTQ = with_algorithm(to_config("int3-g32"), "gptq")
 FAMILIES = ["llama-tied", "gpt2", "mixtral", "gpt-oss", "qwen3", "mamba", "dbrx"]
