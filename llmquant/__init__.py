@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from llmquant.calibrate.collect import Calibration as Calibration
     from llmquant.calibrate.collect import collect_stats as collect_stats
     from llmquant.calibrate.data import calibration_windows as calibration_windows
+    from llmquant.calibrate.imatrix import load_imatrix as load_imatrix
+    from llmquant.calibrate.imatrix import save_imatrix as save_imatrix
     from llmquant.checkpoint.save import save as save
     from llmquant.config.base import DynamicActivationConfig as DynamicActivationConfig
     from llmquant.config.base import StaticActivationConfig as StaticActivationConfig
@@ -74,10 +76,12 @@ if TYPE_CHECKING:
     from llmquant.quantize import quantize_ as quantize_
     from llmquant.quantize import quantize_weight as quantize_weight
     from llmquant.tensor import QuantizedTensor as QuantizedTensor
+    from llmquant.tune.sequential import quantize_with_data_ as quantize_with_data_
 
 _PUBLIC = {
     "llmquant.calibrate.collect": ["Calibration", "collect_stats"],
     "llmquant.calibrate.data": ["calibration_windows"],
+    "llmquant.calibrate.imatrix": ["load_imatrix", "save_imatrix"],
     "llmquant.checkpoint.save": ["save"],
     "llmquant.config.base": ["DynamicActivationConfig", "StaticActivationConfig", "WeightOnlyConfig"],
     "llmquant.config.fqn": ["FqnToConfig"],
@@ -119,6 +123,7 @@ _PUBLIC = {
     "llmquant.primitives.stats": ["InputStats"],
     "llmquant.quantize": ["QuantizationReport", "quantize_", "quantize_weight"],
     "llmquant.tensor": ["QuantizedTensor"],
+    "llmquant.tune.sequential": ["quantize_with_data_"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
