@@ -19,6 +19,7 @@ from llmquant.primitives.dynamic import Activation, StaticScale, dequantize_acti
 from llmquant.primitives.spec import QParams
 
 _PANEL_ELEMENTS = 2**20
+_TABLES = ("scaled", "semisparse")  # kinds of storage whose codes stand for the numbers of a table
 
 
 class Traits(NamedTuple):
@@ -84,12 +85,12 @@ class Native:
         if self.missing:
             return self.missing
         fmt = get_format(format_name)
-        if fmt.storage not in ("affine", "scaled"):
+        if fmt.storage not in ("affine", *_TABLES):
             return f"there is no native kernel for {format_name}"
         step = self.traits.step
         if self.traits.plain or step is None:
             return None
-        if fmt.storage == "scaled":
+        if fmt.storage in _TABLES:
             step = 16 if fmt.bits == 8 else 4
         if block[1] % step and block[1] < columns:
             return f"group {block[1]} is not a multiple of {step}"
@@ -238,8 +239,8 @@ class NativeMatrix:
         qdata, scale = weight.qdata.contiguous(), scale.contiguous()
         zero_point = None if weight.zero_point is None else weight.zero_point.contiguous()
         outer = None if weight.outer is None else weight.outer.contiguous()
-        table = _table(weight.format) if fmt.storage == "scaled" else None
-        self.integers = _integers(weight.format) if fmt.storage == "scaled" else None
+        table = _table(weight.format) if fmt.storage in _TABLES else None
+        self.integers = _integers(weight.format) if fmt.storage in _TABLES else None
         codes = self.integers.codes if self.integers else None
         self.tensors = (qdata, scale, zero_point, table, codes, outer)
         *first, codes_at, outer_at = (None if t is None else t.data_ptr() for t in self.tensors)
@@ -259,6 +260,7 @@ class NativeMatrix:
             outer_at,
             0 if outer is None or len(outer) == 1 else 1,
             int(self.integers is not None and self.integers.exact),
+            int(fmt.storage == "semisparse"),
         )
         self.address = ctypes.addressof(self.matrix)
 

@@ -89,7 +89,7 @@ struct Panel {
     alignas(64) float numbers[64];
 
     TILES Panel(const Matrix& matrix, int most_parts)
-        : w(matrix), cutter(make_cutter(matrix.bits)), groups(make_groups(matrix)), one_scale(matrix.groups == 1) {
+        : w(matrix), cutter(make_cutter(matrix)), groups(make_groups(matrix)), one_scale(matrix.groups == 1) {
         const bool whole = one_scale || w.group % 32 == 0;
         if (w.table && w.bits == 8)
             how = whole && make_byte_table(w.table, &bytes) ? FLOAT8 : OTHER;
@@ -113,9 +113,9 @@ struct Panel {
     // columns.
     TILES void decode(int64_t first, int64_t last, int64_t start, int64_t stop, uint8_t* out) const {
         const int64_t tile_bytes = (stop - start + WIDTH - 1) / WIDTH * parts * TILE_BYTES;
-        Block at = {start, stop, tile_bytes, 0, 1, 0, stop * w.bits / 8};
+        Block at = {start, stop, tile_bytes, 0, 1, 0, bytes_before(w, stop)};
         if (!one_scale) at.group = start / w.group, at.groups = (stop - 1) / w.group + 1 - at.group;
-        at.lines = ((stop - start) * w.bits / 8 + 63) / 64;
+        at.lines = (bytes_before(w, stop - start) + 63) / 64;
         // Rows are read piece by piece, which no hardware foresees: fetch the next piece, or the next panel's first.
         if (stop >= w.columns) at.ahead = (last - first) * w.row_bytes;
         (this->*decode_block)(first, last, at, out);
@@ -158,7 +158,7 @@ struct Panel {
                                                              const DecodeRow& decode_row) const {
         for (int64_t row = first; row < last; ++row) {
             const uint8_t* next = w.qdata + row * w.row_bytes + at.ahead;
-            const uint8_t* soon = w.qdata + (row + SOON) * w.row_bytes + at.start * w.bits / 8;
+            const uint8_t* soon = w.qdata + (row + SOON) * w.row_bytes + bytes_before(w, at.start);
             for (int64_t line = 0; line < at.lines; ++line) _mm_prefetch(soon + 64 * line, _MM_HINT_T0);
             for (int64_t line = 0; line < at.lines; ++line) _mm_prefetch(next + 64 * line, _MM_HINT_T1);
             read_groups(w, row, cutter, groups.scale, groups.zero, at.group, at.group + at.groups);
