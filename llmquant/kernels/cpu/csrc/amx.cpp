@@ -334,14 +334,24 @@ TILES void multiply_piece(const Packed& packed, int64_t chunk, const uint8_t* de
     store_sums(held, tokens * 256, tall, wide);
 }
 
+// How many times longer than LENGTH pieces are, and how many times fewer their rows: memory serves long pieces of rows
+// faster, but two tiles of tokens should stay in the first-level cache unless there are no others.
+int64_t choose_stretch(const Matrix& w, int input_parts, int64_t tokens) {
+    constexpr int64_t LONG = 512, MOST = 4;  // bytes of a row
+    int64_t stretch = 1;
+    while (tokens <= 2 && stretch < MOST && stretch * bytes_before(w, LENGTH[input_parts > 1] * WIDTH) < LONG) stretch *= 2;
+    return stretch;
+}
+
 TILES void tile_linear(const Matrix& w, const Inputs& in) {
     const int IN = input_parts(in);
     const int64_t threads = omp_get_max_threads();
     const int64_t chunks = (w.columns + WIDTH - 1) / WIDTH, tokens = (in.count + TILE - 1) / TILE;
-    const int64_t share = (w.rows + threads - 1) / threads, panels = (share + PANEL - 1) / PANEL;  // a thread
+    const int64_t stretch = choose_stretch(w, IN, tokens), most_rows = PANEL / stretch;
+    const int64_t share = (w.rows + threads - 1) / threads, panels = (share + most_rows - 1) / most_rows;  // a thread
     const int64_t panel = (share + 2 * TILE * panels - 1) / (2 * TILE * panels) * (2 * TILE);
     // Pieces of about LENGTH chunks, all of one length but the last, and an even one, as codes are cut 64 at a time.
-    const int64_t about = LENGTH[IN > 1], pieces = chunks > about ? (chunks + about / 2) / about : 1;
+    const int64_t about = stretch * LENGTH[IN > 1], pieces = chunks > about ? (chunks + about / 2) / about : 1;
     const int64_t length = (chunks + 2 * pieces - 1) / (2 * pieces) * 2, depth = length * WIDTH;
     const Packed packed = {scratch<uint8_t>(0, tokens * chunks * IN * TILE_BYTES), tokens, chunks, length, IN};
     uint8_t* plain = scratch<uint8_t>(6, tokens * TILE);  // tokens that are left to the plain kernel

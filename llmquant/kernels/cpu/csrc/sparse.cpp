@@ -7,7 +7,7 @@
 #include "sparse.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#include "byte_rows.h"
+#include "float_rows.h"
 #include "kernels.h"
 
 namespace {

@@ -5,7 +5,7 @@
 #include <omp.h>
 
 #include "decode.h"
-#include "float8.h"
+#include "lookup.h"
 #include "rows.h"
 #include "sparse.h"
 #include "strips.h"
@@ -43,7 +43,7 @@ void linear(const Matrix& w, const Inputs& in) {
         integer_linear(w, in, plan_rows(w, in), run_rows);
     else if (fits_strips(w, in))
         in_parts(w, in, MOST_IN_PLANES, strip_linear);
-    else if (!sparse_linear(w, in) && !float8_linear(w, in))
+    else if (!sparse_linear(w, in) && !lookup_linear(w, in))
         PLAIN_AVX512.linear(w, in);
 }
 

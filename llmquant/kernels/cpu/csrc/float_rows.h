@@ -1,4 +1,4 @@
-// Rows of codes of bytes against few inputs: what float8.cpp and sparse.cpp share.
+// Rows against few inputs in products of float32: what lookup.cpp and sparse.cpp share.
 #pragma once
 #include <omp.h>
 
