@@ -170,10 +170,13 @@ class Native:
         """The same with x in int8 codes (see `primitives.dynamic`): integer products, float32 scaling.
 
         Tiles (many bfloat16 inputs) take code x scale and the weights as the nearest bfloat16. Weights whose numbers
-        are no few integers (float8, nf4) meet what the activation's codes stand for.
+        are no few integers (float8, nf4) meet what the activation's codes stand for, where many bfloat16 inputs are
+        those that are nearest to it.
         """
         if not _are_integers(weight.format) or x.dtype not in library.FLOAT_TYPES:
             seen = dequantize_activation(quantize_activation(x, activation, static), activation)
+            if x.dtype == torch.bfloat16 and seen.numel() > _FEW * weight.columns:
+                seen = seen.to(x.dtype)
             return self.linear(seen, weight, bias).to(x.dtype)
         kind, group = 2 if activation.asymmetric else 1, activation.width(weight.columns)
         return self._linear(x, weight, bias, kind, group, static)
