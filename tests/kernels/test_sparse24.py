@@ -25,15 +25,16 @@ every_backend = pytest.mark.parametrize(
 
 def packed(codes: Tensor) -> Packed:
     """uint8 codes [N, K], two of each four not zero at most, with a scale of 1."""
-    return Packed(sparse24.pack(codes, 8), torch.ones(len(codes), 1), None, "float8-2x4", (1, codes.shape[1]), codes.shape[1])
+    rows, columns = codes.shape
+    return Packed(sparse24.pack(codes, 8), torch.ones(rows, 1), None, "float8-2x4", (1, columns), columns)
 
 
 def every_pair_of_places(rows: int) -> Tensor:
-    """uint8 codes [rows, 288]: each pair of places of a four before each other one, with numbers 1, 2, 4 ... of both signs."""
+    """uint8 codes [rows, 288]: each pair of places of a four before each other one, with numbers of 0.5 to 7.5 in size."""
     codes = torch.zeros(36, 2, 4, dtype=torch.uint8)
     for unit, fours in zip(codes, product(combinations(range(4), 2), repeat=2), strict=True):
         for four, places in zip(unit, fours, strict=True):
-            four[list(places)] = torch.randint(0x30, 0x50, (2,), dtype=torch.uint8) | 0x80 * torch.randint(2, (2,)).to(torch.uint8)
+            four[list(places)] = torch.randint(0x30, 0x50, (2,), dtype=torch.uint8) + 0x80 * torch.randint(2, ()).item()
     return torch.stack([codes.roll(i, 0).flatten() for i in range(rows)])
 
 

@@ -1,4 +1,4 @@
-// The set of kernels for AVX-512 with VBMI and VNNI: strips of integers, float8, and rows decoded.
+// The set of kernels for AVX-512 with VBMI and VNNI: strips of integers, tables of floats, and rows decoded.
 #include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
