@@ -30,7 +30,7 @@ def packed(codes: Tensor) -> Packed:
 
 
 def every_pair_of_places(rows: int) -> Tensor:
-    """uint8 codes [rows, 288]: each pair of places of a four before each other one, with numbers of 0.5 to 7.5 in size."""
+    """uint8 codes [rows, 288]: each pair of places of a four before each other one; numbers are 0.5 to 7.5."""
     codes = torch.zeros(36, 2, 4, dtype=torch.uint8)
     for unit, fours in zip(codes, product(combinations(range(4), 2), repeat=2), strict=True):
         for four, places in zip(unit, fours, strict=True):
