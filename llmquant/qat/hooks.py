@@ -1,9 +1,11 @@
 """What hands a module its fake-quantized weight while it runs, and nothing at any other time.
 
-Before a module's forward its parameter is shadowed by an entry of the module's `__dict__`, where Python looks first;
-afterwards, whatever happened, the entry is gone. So between forwards the model is an ordinary one: parameters, state
-dict, tied weights, `save_pretrained`, `deepcopy` and optimizers never see more than plain floats, and gradient
-checkpointing, which runs modules again, meets the same weights again.
+Before a forward the parameter is shadowed by an entry of its owner's `__dict__`, where Python looks first; afterwards,
+whatever happened, the entry is gone. So between forwards the model is an ordinary one: parameters, state dict, tied
+weights, `save_pretrained`, `deepcopy` and optimizers never see more than plain floats, and gradient checkpointing,
+which runs modules again, meets the same weights again.
+
+The owner is hooked, and the module around it, for some read the weights of their children (Mamba, DBRX).
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from llmquant.config.candidates import Candidate
 from llmquant.config.fqn import FqnToConfig
 from llmquant.errors import AlreadyQuantizedError
 from llmquant.primitives.stats import InputStats
-from llmquant.qat.straight import fake_quantized_weight
 from llmquant.qat.tensor import FakeQuantized
 from llmquant.quantize import quantize_weight
 from llmquant.tensor import QuantizedTensor
@@ -37,29 +38,33 @@ class Preparation:
 
 @dataclass(eq=False)
 class FakeQuantizer:
-    """The hooks of one weight in one module.
+    """The hooks of one name of a weight.
 
     Attributes:
         candidate: the weight.
-        place: the parameter's name, from the module whose forward reads it.
+        owner, attribute: where the parameter is.
         config, stats: what `quantize_weight` is given.
         preparation: of the model.
-        forwards: how often the module ran since.
+        reads: how often a forward read the weight since.
+        depth: how many of the hooked modules are running.
         handles: of the hooks.
     """
 
     candidate: Candidate
-    place: str
+    owner: nn.Module
+    attribute: str
     config: QuantConfig
     stats: InputStats | None
     preparation: Preparation
-    forwards: int = 0
+    reads: int = 0
+    depth: int = 0
     handles: list[RemovableHandle] = field(default_factory=list)
 
-    def attach(self, module: nn.Module) -> None:
-        """Starts to serve a module."""
-        self.handles.append(module.register_forward_pre_hook(self.before))
-        self.handles.append(module.register_forward_hook(self.after, always_call=True))
+    def attach(self, *modules: nn.Module) -> None:
+        """Starts to serve the owner, and other modules that may read its parameter."""
+        for module in modules:
+            self.handles.append(module.register_forward_pre_hook(self.before))
+            self.handles.append(module.register_forward_hook(self.after, always_call=True))
 
     def detach(self) -> None:
         """Leaves the module as it was."""
@@ -72,10 +77,14 @@ class FakeQuantizer:
         shaped = weight.detach().reshape(self.candidate.shape)
         return quantize_weight(shaped, self.config, self.stats, transposed=self.candidate.transposed)
 
+    def read(self, weight: Tensor) -> QuantizedTensor:
+        """`quantize` in a forward."""
+        self.reads += 1
+        return self.quantize(weight)
+
     def before(self, module: nn.Module, args: Any) -> None:
         """Puts the fake-quantized weight in front of the parameter."""
-        owner, name = self.owner(module)
-        weight = owner._parameters[name]
+        weight = self.owner._parameters[self.attribute]
         if isinstance(weight, QuantizedTensor):
             raise AlreadyQuantizedError(
                 "a model prepared for training was quantized by other means than convert()",
@@ -83,26 +92,22 @@ class FakeQuantizer:
                 hint="llmquant.qat.convert(model) alone",
             )
         assert weight is not None
-        quantized = self.quantize(weight)
-        self.forwards += 1
-        shaped = weight.reshape(self.candidate.shape)
-        owner.__dict__[name] = FakeQuantized.of(fake_quantized_weight(shaped, quantized), quantized)
+        self.depth += 1
+        if self.depth == 1:
+            shaped = weight.reshape(self.candidate.shape)
+            self.owner.__dict__[self.attribute] = FakeQuantized.later(shaped, self.read)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Takes it away again."""
-        owner, name = self.owner(module)
-        owner.__dict__.pop(name, None)
-
-    def owner(self, module: nn.Module) -> tuple[nn.Module, str]:
-        """Which module has the parameter, and under what name."""
-        path, _, name = self.place.rpartition(".")
-        return module.get_submodule(path), name
+        self.depth = max(self.depth - 1, 0)  # this hook runs also where another hook failed before `before` could
+        if self.depth == 0:
+            self.owner.__dict__.pop(self.attribute, None)
 
 
-def fake_quantizers(model: nn.Module) -> Iterator[tuple[str, nn.Module, FakeQuantizer]]:
-    """FQN of each fake-quantized parameter (one a name of it), the module that reads it, and its hooks."""
+def fake_quantizers(model: nn.Module) -> Iterator[tuple[str, FakeQuantizer]]:
+    """FQN and hooks of each fake-quantized parameter, under each of its names."""
     for path, module in model.named_modules():
-        for hook in list(module._forward_pre_hooks.values()):
+        for hook in module._forward_pre_hooks.values():
             found = getattr(hook, "__self__", None)
-            if isinstance(found, FakeQuantizer):
-                yield f"{path}.{found.place}".lstrip("."), module, found
+            if isinstance(found, FakeQuantizer) and found.owner is module:
+                yield f"{path}.{found.attribute}".lstrip("."), found

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from llmquant.config.base import QuantConfig
-from llmquant.config.candidates import Candidate, flat_experts
-from llmquant.config.fqn import FqnToConfig
+from llmquant.config.candidates import Candidate
 from llmquant.config.recipe import to_config, with_algorithm
 from llmquant.errors import AlreadyQuantizedError, ConfigError, NotPreparedError
 from llmquant.formats import METHODS, get_format
@@ -81,8 +80,9 @@ def prepare(
     preparation = Preparation(resolved, report.skipped, report.warnings)
     for candidate, chosen in plan.chosen:
         for fqn in candidate.fqns:
-            module, place = _reader(model, fqn)
-            FakeQuantizer(candidate, place, chosen, (stats or {}).get(candidate.name), preparation).attach(module)
+            owner, *around = _readers(model, fqn)
+            own = (stats or {}).get(candidate.name)
+            FakeQuantizer(candidate, owner, fqn.rpartition(".")[2], chosen, own, preparation).attach(owner, *around)
     _run_experts_one_by_one(model)
     return report
 
@@ -171,22 +171,16 @@ def _prepared(candidate: Candidate, config: QuantConfig, weight: Tensor) -> Prep
     )
 
 
-def _reader(model: nn.Module, fqn: str) -> tuple[nn.Module, str]:
-    """The module whose forward reads a parameter, and the parameter's name from there.
-
-    That is its owner, but flat experts (DBRX) are cut into theirs by the module around them.
-    """
-    path, _, name = fqn.rpartition(".")
-    if not flat_experts(model.get_submodule(path)):
-        return model.get_submodule(path), name
-    outer, _, inner = path.rpartition(".")
-    return model.get_submodule(outer), f"{inner}.{name}"
+def _readers(model: nn.Module, fqn: str) -> list[nn.Module]:
+    """The owner of a parameter, and the module around it."""
+    path = fqn.rpartition(".")[0]
+    return [model.get_submodule(p) for p in ([path, path.rpartition(".")[0]] if path else [""])]
 
 
 def _run_experts_one_by_one(model: nn.Module) -> None:
     """The grouped product of transformers knows no packed weights; `convert` leaves models so, too."""
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")
+        cast(Any, model).set_experts_implementation("eager")
 
 
 # --- converting -----------------------------------------------------------------------------------------
@@ -198,7 +192,7 @@ def _by_weight(model: nn.Module) -> _Found:
     """Each prepared weight: its names as they are now, the one of `prepare`'s report first, and its hooks."""
     names: dict[int, list[str]] = {}
     found: dict[int, list[FakeQuantizer]] = {}
-    for fqn, _, quantizer in fake_quantizers(model):
+    for fqn, quantizer in fake_quantizers(model):
         parameter = model.get_parameter(fqn)
         names.setdefault(id(parameter), []).append(fqn)
         found.setdefault(id(parameter), []).append(quantizer)
@@ -217,11 +211,11 @@ def _leads(canonical: str) -> Callable[[str], bool]:
 
 def _unused(found: _Found) -> tuple[str, ...]:
     """A warning about weights that no module read as quantized ones."""
-    idle = [fqns[0] for fqns, quantizers in found.values() if not any(q.forwards for q in quantizers)]
+    idle = [fqns[0] for fqns, quantizers in found.values() if not any(q.reads for q in quantizers)]
     if not idle:
         return ()
     more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
-    return (f"no forward since prepare() went through {', '.join(idle[:3])}{more}: plainly quantized",)
+    return (f"no forward since prepare() read {', '.join(idle[:3])}{more}: plainly quantized",)
 
 
 def _parameter_bytes(model: nn.Module) -> int:

@@ -24,9 +24,10 @@ from llmquant.tensor import QuantizedTensor
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, source: Tensor, value: Tensor, passes: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, source: Tensor, value: list[Tensor], passes: Tensor | None) -> Tensor:  # type: ignore[override]
+        # In a list, for a tensor that went in and comes out again is a view, which models may not write to.
         ctx.passes, ctx.dtype = passes, source.dtype
-        return value.view_as(value)
+        return value[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -35,9 +36,12 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(source: Tensor, value: Tensor, passes: Tensor | None = None) -> Tensor:
-    """`value`, with its gradient going to `source` instead: all of it, or where `passes` says so. All of one shape."""
+    """`value`, with its gradient going to `source` instead: all of it, or where `passes` says so. All of one shape.
+
+    `value` is a tensor of the caller's own, in no graph.
+    """
     if torch.is_grad_enabled() and source.requires_grad:
-        return _StraightThrough.apply(source, value.detach(), passes)
+        return _StraightThrough.apply(source, [value], passes)
     return value
 
 

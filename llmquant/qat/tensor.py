@@ -8,6 +8,7 @@ operations come, and nothing has to be said here about either.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,27 +17,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmquant.kernels import registry
-from llmquant.qat.straight import fake_quantized_input, straight_through
+from llmquant.qat.straight import fake_quantized_input, fake_quantized_weight, straight_through
 from llmquant.tensor import QuantizedTensor
 
 
 class FakeQuantized(torch.Tensor):
-    """A weight in both forms, of one shape.
+    """A weight in both forms, of one shape."""
 
-    Attributes:
-        learning: the plain tensor of fake-quantized values, whose gradient reaches the parameter.
-        quantized: the same as `quantize_` makes it.
-    """
+    _source: Tensor
+    _quantize: Callable[[Tensor], QuantizedTensor]
 
-    learning: Tensor
-    quantized: QuantizedTensor
+    @classmethod
+    def later(cls, weight: Tensor, quantize: Callable[[Tensor], QuantizedTensor]) -> FakeQuantized:
+        """The pair of a plain weight, made when it is first read."""
+        made = weight.as_subclass(cls)
+        made._source, made._quantize = weight, quantize
+        return made
 
     @classmethod
     def of(cls, learning: Tensor, quantized: QuantizedTensor) -> FakeQuantized:
         """The pair of these two."""
         made = learning.as_subclass(cls)
-        made.learning, made.quantized = learning, quantized
+        made.__dict__.update(learning=learning, quantized=quantized)
         return made
+
+    @functools.cached_property
+    def quantized(self) -> QuantizedTensor:
+        """The weight as `quantize_` makes it."""
+        return self._quantize(self._source)
+
+    @functools.cached_property
+    def learning(self) -> Tensor:
+        """The plain tensor of fake-quantized values, whose gradient reaches the parameter."""
+        with torch.enable_grad():
+            return fake_quantized_weight(self._source, self.quantized)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
