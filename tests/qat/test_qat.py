@@ -28,6 +28,7 @@ from llmquant.errors import (
 from llmquant.kernels import registry
 from llmquant.tensor import QuantizedTensor
 
+EVERY = [*ONE_PER_FORMAT, *(Case(scheme) for scheme in ("f8-float8", "mxfp8-mxfp4", "nvfp4-nvfp4"))]
 MIXED = rtn({"_default": "a8-asym-int4-g32-asym", "_embedding": "int8", "_experts": "int3-g16"})
 
 
