@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmquant.calibrate.capture import Capture, Watched
 from llmquant.calibrate.data import calibration_windows, tokenized
-from llmquant.calibrate.observers import MinMaxObserver, Observer
+from llmquant.calibrate.observers import Observer, observer_factory
 from llmquant.config.recipe import to_config
 from llmquant.errors import CalibrationError
 from llmquant.measure.evaluate import inference
@@ -59,7 +59,7 @@ def collect_stats(
     *,
     tokenizer: Any = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
-    observer: Callable[[], Observer] = MinMaxObserver,
+    observer: str | Callable[[], Observer] = "minmax",
     progress: Progress | None = None,
     **windows: int,
 ) -> Calibration:
@@ -77,17 +77,22 @@ def collect_stats(
             batches: ids [B, T] or mappings of the model's arguments. Texts need the tokenizer.
         tokenizer: that of the model.
         filter_fn: as for `quantize_`.
-        observer: makes what watches one weight, or one expert.
+        observer: what watches a weight, or an expert: `minmax`, `average` (moving averages), `channel`, `percentile`
+            (or `percentile-99.9`), `histogram` (the range of least squared error), or a function that makes one.
         progress: called before each batch, with batches done and in all.
         **windows: `tokens`, `context` and `seed` of `calibration_windows`; of texts, `context`.
 
     Raises:
         CalibrationError: if the config needs no run, or the run does not say enough: a weight that no token reached,
             inputs that are not finite.
-        ConfigError, NothingToQuantizeError, AlreadyQuantizedError, TextError: as `quantize_` and `load_text`.
+        ConfigError: for an unknown observer, and as `quantize_`.
+        NothingToQuantizeError, AlreadyQuantizedError, TextError: as `quantize_` and `load_text`.
     """
     plan = make_plan(model, to_config(config), filter_fn)
-    watched = [_watch(model, candidate, observer) for candidate, _ in plan.calibrated.values()]
+    watched = [
+        _watch(model, candidate, observer_factory(observer, chosen.activation))
+        for candidate, chosen in plan.calibrated.values()
+    ]
     if not watched:
         raise CalibrationError("the config has no static activation that needs a calibration run", hint="s8-int8")
     batches = _batches(data, tokenizer, windows)

@@ -48,6 +48,13 @@ def quantize(
     ] = None,
     calib_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on, in windows of 512.")] = 8192,
     seed: Annotated[int, typer.Option(help="Which windows of the text are taken.")] = 0,
+    observer: Annotated[
+        str | None,
+        typer.Option(
+            help="How the range of a static activation follows from what was seen: minmax (the default), average "
+            "(moving averages), channel, percentile (99.99; percentile-99.9 for another), histogram (least error)."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of what stays in float: auto, float32, bfloat16 or float16.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, for instance 500MB or 2GB.")] = "2GB",
@@ -82,9 +89,10 @@ def quantize(
     stats = None
     if needs_calibration(config):
         check_target(output, overwrite)  # before the long part
-        stats = calibrate(model, config, calib or "builtin", calib_tokens, seed, dtype)
-    elif calib is not None:
-        raise ConfigError("no scheme here needs --calib: it is for static activations", hint="for instance s8-int8")
+        stats = calibrate(model, config, calib or "builtin", calib_tokens, seed, dtype, observer or "minmax")
+    elif calib is not None or observer is not None:
+        name = "--calib" if calib is not None else "--observer"
+        raise ConfigError(f"no scheme here needs {name}: it is for static activations", hint="for instance s8-int8")
     with progress_bar("Quantizing") as progress:
         report = quantize_checkpoint(
             model,
@@ -110,19 +118,24 @@ def needs_calibration(config: FqnToConfig) -> bool:
     return any(activation is not None and activation.static for activation in found)
 
 
-def calibrate(model: str, config: FqnToConfig, text: str, tokens: int, seed: int, dtype: str) -> Calibration | None:
+def calibrate(
+    model: str, config: FqnToConfig, text: str, tokens: int, seed: int, dtype: str, observer: str
+) -> Calibration | None:
     """Loads the plain model, shows it a text, and lets go of it. None where no weight gets a static activation.
 
     Raises:
+        ConfigError: for an unknown observer.
         CalibrationError: for a model that reads more than one text at a time.
     """
     from llmquant.calibrate.collect import collect_stats
     from llmquant.calibrate.data import calibration_windows
+    from llmquant.calibrate.observers import observer_factory
     from llmquant.checkpoint.source import open_source, parse_dtype
     from llmquant.errors import CalibrationError
     from llmquant.integrations.transformers import load_tokenizer
     from llmquant.quantize import make_plan
 
+    observer_factory(observer, None)  # a misspelt name shows before the model is loaded
     source = open_source(model, parse_dtype(dtype))
     if not make_plan(source.skeleton, config).calibrated:
         return None
@@ -136,7 +149,7 @@ def calibrate(model: str, config: FqnToConfig, text: str, tokens: int, seed: int
     kind: Any = type(source.skeleton)
     plain = kind.from_pretrained(source.folder, dtype=source.dtype)
     with progress_bar("Calibrating") as progress:
-        found = collect_stats(plain, config, windows, progress=progress)
+        found = collect_stats(plain, config, windows, observer=observer, progress=progress)
     for warning in found.warnings:
         errors.print(f"[yellow]warning:[/] {warning}", highlight=False)
     errors.print(f"calibrated on {found.tokens} tokens of {text} (seed {seed})", highlight=False)
