@@ -15,8 +15,8 @@ from llmquant.calibrate.observers import (
     MinMaxObserver,
     MovingAverageObserver,
     Observer,
-    PerChannelObserver,
     PercentileObserver,
+    PerChannelObserver,
     observer_factory,
 )
 from llmquant.errors import ConfigError
