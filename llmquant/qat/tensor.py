@@ -55,7 +55,9 @@ class FakeQuantized(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with torch.no_grad(), registry.force("reference"):
+        # What draws random numbers inside draws the same for both forms: the state is as before afterwards.
+        same_draws = torch.random.fork_rng([], enabled=func in _DRAWING)
+        with torch.no_grad(), registry.force("reference"), same_draws:
             exact = func(*_each(_quantized, args), **_each(_quantized, kwargs))
         if not _holds_tensors(exact) or (not _holds_weights(exact) and not _learns(args, kwargs)):
             return exact
@@ -104,6 +106,9 @@ def _learns(*values: Any) -> bool:
     tensors: list[Tensor] = []
     _each(lambda value: tensors.append(_learning(value)) if isinstance(value, Tensor) else None, values)
     return any(tensor.requires_grad for tensor in tensors)
+
+
+_DRAWING = {F.multi_head_attention_forward}  # dropout inside of a function that takes weights
 
 
 # --- activations ----------------------------------------------------------------------------------------

@@ -310,6 +310,30 @@ def test_a_weight_that_no_forward_read_is_named() -> None:
     assert "block.0.0.weight" in warning and "used" not in warning
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_functions_that_multiply_by_several_weights_inside(dropout: float) -> None:
+    """torch's own attention reads the weight of its child and hands it to one function, which may also draw numbers."""
+    layer = nn.MultiheadAttention(16, 2, dropout=dropout)
+    qat.prepare(layer, "int3-g16", algorithm="rtn")
+    x = torch.randn(5, 1, 16)
+    torch.manual_seed(1)
+    expected = layer(x, x, x)[0]
+    expected.sum().backward()
+    gradient = layer.out_proj.weight.grad
+    qat.convert(layer)
+    torch.manual_seed(1)
+    with registry.force("reference"), torch.no_grad():
+        assert torch.equal(layer(x, x, x)[0], expected)
+    plain = layer.out_proj.weight.dequantize().requires_grad_()
+    del layer.out_proj.weight
+    layer.out_proj.weight = plain
+    torch.manual_seed(1)
+    layer(x, x, x)[0].sum().backward()
+    assert gradient is not None and plain.grad is not None
+    passed = gradient != 0
+    assert passed.float().mean() > 0.5 and torch.allclose(gradient[passed], plain.grad[passed], atol=1e-5)
+
+
 def test_a_module_around_the_model_may_be_converted() -> None:
     inner = build("llama-tied")
     qat.prepare(inner, {"_default": "int4-g32", "_embedding": "int8"})
