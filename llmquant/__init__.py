@@ -19,6 +19,7 @@ from llmquant.integrations import hook as _hook
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from llmquant import qat as qat
     from llmquant.calibrate.collect import Calibration as Calibration
     from llmquant.calibrate.collect import collect_stats as collect_stats
     from llmquant.calibrate.data import calibration_windows as calibration_windows
@@ -126,11 +127,14 @@ _PUBLIC = {
     "llmquant.tune.sequential": ["quantize_with_data_"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+_PACKAGES = ["qat"]
 
-__all__ = sorted([*_HOME, "__version__"])
+__all__ = sorted([*_HOME, *_PACKAGES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'llmquant' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

@@ -50,6 +50,10 @@ class AlreadyQuantizedError(LlmQuantError):
     """A model or weight that is quantized already."""
 
 
+class NotPreparedError(LlmQuantError):
+    """A model to convert that was never prepared for quantization-aware training."""
+
+
 class BadWeightError(LlmQuantError):
     """A weight whose values cannot be quantized: NaN, infinite, empty, or out of the scale's range."""
 

@@ -28,6 +28,7 @@ class Reading:
     text: str | None = None
     tokens: int | None = None
     seed: int = 0
+    observer: str | None = None
 
 
 class Calibrating:
@@ -47,10 +48,13 @@ class Calibrating:
     def __init__(
         self, model: str, config: FqnToConfig, reading: Reading, imatrix: Path | None = None, dtype: str = "auto"
     ) -> None:
+        from llmquant.calibrate.observers import observer_factory
         from llmquant.checkpoint.source import open_source, parse_dtype
         from llmquant.quantize import make_plan
+        from llmquant.quantize.plan import needed_stats
         from llmquant.tune.sequential import runs_by_blocks
 
+        observer_factory(reading.observer or "minmax", None)  # a misspelt name shows before a model is loaded
         self.source = open_source(model, parse_dtype(dtype))
         self.config, self.reading, self.imatrix = config, reading, imatrix
         self.plan = make_plan(self.source.skeleton, config)
@@ -60,6 +64,10 @@ class Calibrating:
         if reading.text is not None and not self.reads:
             raise ConfigError(
                 "nothing here needs --calib", hint="it is for --algorithm gptq, --imatrix and schemes like s8-int8"
+            )
+        if reading.observer is not None and not any("low" in needed_stats(q) for _, q in self.plan.chosen):
+            raise ConfigError(
+                "nothing here needs --observer: it is for static activations", hint="for instance s8-int8"
             )
 
     def streamed(self, output: Path, overwrite: bool, max_shard_bytes: int) -> QuantizationReport:
@@ -92,6 +100,7 @@ class Calibrating:
                 self.config,
                 windows,
                 imatrix=importance,
+                observer=self._observer,
                 journal=output.with_name(output.name + ".partial"),
                 progress=progress,
             )
@@ -110,10 +119,14 @@ class Calibrating:
             return importance
         windows = self._windows(FEW_TOKENS)
         with progress_bar("Calibrating") as progress:
-            found = collect_stats(self.source.load(), self.config, windows, progress=progress)
+            found = collect_stats(self.source.load(), self.config, windows, observer=self._observer, progress=progress)
         self._warn(found.warnings)
         self._say(found.tokens)
         return weighed(found, importance)
+
+    @property
+    def _observer(self) -> str:
+        return self.reading.observer or "minmax"
 
     def _importance(self) -> dict[str, InputStats]:
         """The importance of columns: from the file, or gathered and written to it."""

@@ -60,6 +60,13 @@ def quantize(
         typer.Option(help="Tokens of it to read, in windows of 512; by default 65536 for gptq, 8192 for the others."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Which windows of the text are taken.")] = 0,
+    observer: Annotated[
+        str | None,
+        typer.Option(
+            help="How the range of a static activation follows from what was seen: minmax (the default), average "
+            "(moving averages), channel, percentile (99.99; percentile-99.9 for another), histogram (least error)."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of what stays in float: auto, float32, bfloat16 or float16.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, for instance 500MB or 2GB.")] = "2GB",
@@ -94,7 +101,7 @@ def quantize(
 
     config = build_config(recipe, set_ or [], algorithm)
     check_target(output, overwrite)  # before the long part
-    work = Calibrating(model, config, Reading(calib, calib_tokens, seed), imatrix, dtype)
+    work = Calibrating(model, config, Reading(calib, calib_tokens, seed, observer), imatrix, dtype)
     write = work.by_blocks if work.needs_blocks else work.streamed
     report = write(output, overwrite, parse_size(max_shard_size))
     for warning in report.warnings:

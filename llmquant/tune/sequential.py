@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llmquant.algorithms import Codes
 from llmquant.calibrate.capture import Capture
 from llmquant.calibrate.collect import Batches, as_batches, collect_stats, wanted
-from llmquant.calibrate.observers import MinMaxObserver, Observer
+from llmquant.calibrate.observers import Observer
 from llmquant.calibrate.walk import Batch, Block, Chain, find_blocks, walking
 from llmquant.calibrate.watch import HESSIAN, Watch, weighed
 from llmquant.config.base import QuantConfig
@@ -39,7 +39,7 @@ def quantize_with_data_(
     tokenizer: Any = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     imatrix: bool | Mapping[str, InputStats] = False,
-    observer: Callable[[], Observer] = MinMaxObserver,
+    observer: str | Callable[[], Observer] = "minmax",
     steps: int = DEFAULT_STEPS,
     journal: str | Path | None = None,
     progress: Progress | None = None,
@@ -58,7 +58,7 @@ def quantize_with_data_(
         data: what the model reads, as for `collect_stats`.
         tokenizer: that of the model; texts need it.
         imatrix: whether errors are weighed by the mean square of each column's inputs: yes, or what another run saw.
-        observer: makes what finds the range of inputs, for static activations.
+        observer: what finds the range of inputs for static activations, as for `collect_stats`.
         steps: of signround, for each block.
         journal: a folder for finished blocks. The same run, interrupted, goes on behind them and ends with equal bits;
             afterwards the folder is gone. None keeps nothing.
@@ -113,20 +113,20 @@ class _Sequential:
         work: InPlace,
         batches: Sequence[Batch],
         imatrix: bool | Mapping[str, InputStats],
-        observer: Callable[[], Observer],
+        observer: str | Callable[[], Observer],
         learning_steps: int,
         progress: Progress | None,
     ) -> None:
         self.model, self.work, self.batches, self.observer = model, work, batches, observer
         self.given = imatrix if isinstance(imatrix, Mapping) else {}
-        self.fields = dict((c.name, fields) for c, fields in wanted(work.plan, imatrix=imatrix is True))
+        self.asked = {asked.candidate.name: asked for asked in wanted(work.plan, imatrix=imatrix is True)}
         self.learning_steps = learning_steps
         self.learns = any(MODEL in needed_stats(config) for _, config in work.plan.chosen)
         self.progress, self.steps, self.total = progress, 0, 0
 
     def fingerprint(self, config: Any) -> str:
         """What two runs must share to end with equal bits."""
-        words = [config, {name: sorted(fields) for name, fields in self.fields.items()}, self.learning_steps]
+        words = [config, {name: sorted(asked.fields) for name, asked in self.asked.items()}, self.learning_steps]
         given = [s.mean_square for _, s in sorted(self.given.items()) if s.mean_square is not None]
         tensors = [t for batch in self.batches for t in (batch.values() if isinstance(batch, Mapping) else [batch])]
         plain = [t for t in tensors if isinstance(t, Tensor)]
@@ -169,7 +169,7 @@ class _Sequential:
 
     def _observe(self, name: str, members: Members, passes: _Passes) -> Mapping[str, InputStats]:
         """What the weights of one block meet."""
-        asked = [(c, self.fields[c.name]) for c, _ in members if c.name in self.fields]
+        asked = [self.asked[c.name] for c, _ in members if c.name in self.asked]
         if not asked:
             return {c.name: self.given[c.name] for c, _ in members if c.name in self.given}
         watch = Watch(self.model, asked, self.observer)
@@ -177,7 +177,7 @@ class _Sequential:
             self._spend(self._run(passes(), name))
         stats, warnings = watch.stats()
         self.work.warn(*warnings)
-        return weighed(stats, {c.name: self.given[c.name] for c, _ in asked if c.name in self.given})
+        return weighed(stats, {name: self.given[name] for name in stats if name in self.given})
 
     def _learn(
         self, name: str, members: Members, passes: _Passes, stats: Mapping[str, InputStats]
