@@ -37,12 +37,12 @@ class Rounding:
         assert spec.block[0] == 1
         self.spec, self._start = spec, start.qparams
         self._rows = reaching(rows, start, spec)
-        self._shift = torch.zeros(rows.shape)  # V [R, K], in steps
-        self._factor = torch.ones(start.qparams.scale.shape)  # of each scale, [R, G]
+        self._shift = torch.zeros(rows.shape, device=rows.device)  # V [R, K], in steps
+        self._factor = torch.ones(start.qparams.scale.shape, device=rows.device)  # of each scale, [R, G]
 
     def value(self, dtype: torch.dtype) -> Tensor:
         """The matrix as it is rounded now, [R, K]."""
-        found = torch.empty(self._rows.shape, dtype=dtype)
+        found = torch.empty_like(self._shift, dtype=dtype)
         for part in self._parts():
             qparams = self._qparams(part)
             found[part] = self._matrix(self._round(self._shifted(part, qparams), qparams))
@@ -50,7 +50,7 @@ class Rounding:
 
     def codes(self) -> Codes:
         """What would be stored now: codes [R, K] uint8 and their parameters."""
-        codes = torch.empty(self._rows.shape, dtype=torch.uint8)
+        codes = torch.empty_like(self._shift, dtype=torch.uint8)
         for part in self._parts():
             qparams = self._qparams(part)
             blocks = self.spec.format.numerics.encode(self._shifted(part, qparams), qparams, self.spec.format)
@@ -116,7 +116,8 @@ def reaching(rows: Tensor, start: Codes, spec: QuantSpec) -> Tensor:
     nearest = encode_rows(rows.float(), start.qparams, spec).codes
     if torch.equal(nearest, start.codes):
         return rows
-    blocks = to_blocks(start.codes, spec.block)
-    wanted = from_blocks(spec.format.numerics.decode(blocks, start.qparams, spec.format), *rows.shape, spec.block)
-    reach = start.qparams.scale.float().abs().repeat_interleave(spec.block[1], dim=1)[:, : rows.shape[1]] * _MARGIN
+    count, columns = rows.shape
+    blocks = spec.format.numerics.decode(to_blocks(start.codes, spec.block), start.qparams, spec.format)
+    wanted = from_blocks(blocks, count, columns, spec.block)
+    reach = start.qparams.scale.float().abs().repeat_interleave(spec.block[1], dim=1)[:, :columns] * _MARGIN
     return torch.where(nearest == start.codes, rows.float(), (rows - wanted).clamp(-reach, reach).add_(wanted))

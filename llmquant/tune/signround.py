@@ -101,7 +101,7 @@ class _Part:
 
     def __init__(self, weight: Tensor, learnable: Learnable) -> None:
         self.weight, self.candidate = weight.detach(), learnable.candidate
-        self.dtype, self.bits = weight.dtype, get_format(learnable.config.format).bits
+        self.bits = get_format(learnable.config.format).bits
         logical = self._matrices(self.weight)
         spec = learnable.config.spec(*logical.shape[-2:])
         starts = learnable.codes or [_search(m, learnable, i) for i, m in enumerate(logical)]
@@ -112,7 +112,7 @@ class _Part:
 
     def value(self, dtype: torch.dtype) -> Tensor:
         """A leaf in place of the parameter."""
-        found = torch.empty(self.weight.shape, dtype=dtype)
+        found = torch.empty_like(self.weight, dtype=dtype)
         for matrix, rounding in zip(self._matrices(found), self.roundings, strict=True):
             matrix.copy_(rounding.value(dtype))
         return found.requires_grad_()
@@ -131,19 +131,20 @@ class _Part:
 
 def _search(matrix: Tensor, learnable: Learnable, index: int) -> Codes:
     """What `quantize_weight` would choose by search."""
-    stats, rows = learnable.stats, matrix.float().contiguous()
-    if stats is not None and len(learnable.candidate.shape) == 3:
+    stats, rows = learnable.stats or InputStats(), matrix.float().contiguous()
+    if len(learnable.candidate.shape) == 3:
         stats = stats.of_expert(index)
-    return search(rows, importance_of(rows, stats and stats.mean_square), learnable.config.spec(*rows.shape))
+    return search(rows, importance_of(rows, stats.mean_square), learnable.config.spec(*rows.shape))
 
 
 def _dtype(parts: Iterable[_Part]) -> torch.dtype:
-    """What the block is computed in: bfloat16 where the processor multiplies it and weights have few bits."""
+    """What weights are multiplied in: their own dtype, or bfloat16 for few bits where the processor is fast at it."""
     found = list(parts)
-    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if fast and all(part.bits <= _FEW_BITS and part.dtype != torch.float64 for part in found):
+    own = found[0].weight
+    fast = own.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    if fast and own.dtype is torch.float32 and all(part.bits <= _FEW_BITS for part in found):
         return torch.bfloat16
-    return torch.promote_types(torch.float32, found[0].dtype)
+    return own.dtype
 
 
 def _batches(count: int, batch: int, steps: int, seed: int) -> Iterator[list[int]]:
@@ -158,11 +159,14 @@ def _batches(count: int, batch: int, steps: int, seed: int) -> Iterator[list[int
 
 
 def _backward(block: nn.Module, values: dict[str, Tensor], call: Call, target: Tensor, dtype: torch.dtype) -> float:
-    """Adds to the gradients of values what one sequence says; returns its mean squared error."""
+    """Adds to the gradients of values what one sequence says; returns its mean squared error.
+
+    The gradients are those of the sum: their signs count alone, and small numbers would vanish in float16.
+    """
     args, kwargs = call
-    with torch.enable_grad(), torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+    with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
         given = functional_call(block, values, tuple(args), dict(kwargs))
         output = given if isinstance(given, Tensor) else given[0]
-        loss = F.mse_loss(output.float(), target.float())
+        loss = F.mse_loss(output.float(), target.float(), reduction="sum")
     loss.backward()
-    return float(loss.detach())
+    return float(loss.detach()) / target.numel()
