@@ -74,6 +74,8 @@ if TYPE_CHECKING:
     from llmquant.quantize import quantize_ as quantize_
     from llmquant.quantize import quantize_weight as quantize_weight
     from llmquant.tensor import QuantizedTensor as QuantizedTensor
+    from llmquant.tune.rotate import RotationReport as RotationReport
+    from llmquant.tune.rotate import rotate_ as rotate_
 
 _PUBLIC = {
     "llmquant.calibrate.collect": ["Calibration", "collect_stats"],
@@ -119,6 +121,7 @@ _PUBLIC = {
     "llmquant.primitives.stats": ["InputStats"],
     "llmquant.quantize": ["QuantizationReport", "quantize_", "quantize_weight"],
     "llmquant.tensor": ["QuantizedTensor"],
+    "llmquant.tune.rotate": ["RotationReport", "rotate_"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
