@@ -116,14 +116,14 @@ def find_structure(model: nn.Module) -> Structure:
 
 
 def _family(model: nn.Module) -> Family:
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    kind = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
     if kind in FAMILIES:
         return FAMILIES[kind]
     known = f"one of {', '.join(sorted(FAMILIES))}"
     if kind in REFUSED:
         raise UnknownArchitectureError(f"{kind} cannot be changed so: {REFUSED[kind]}", hint=known)
     raise UnknownArchitectureError(
-        f"nobody has said what feeds what in {kind or type(model).__name__}",
+        f"nobody has said what feeds what in {kind}",
         hint=f"{known}; or a row for it in llmquant/tune/families.py",
     )
 

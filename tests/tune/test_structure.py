@@ -1,4 +1,4 @@
-"""What feeds what: every family is either known or refused by name; variants that the table does not know are refused."""
+"""What feeds what: every family is known or refused by name; variants that the table does not know are refused."""
 
 from __future__ import annotations
 
