@@ -17,6 +17,7 @@ class Fold(StrEnum):
     equal = "equal"
     heads = "heads"  # one key-value head is read by several heads of the output projection
     second_half = "second half"  # gate above, up below
+    last_heads = "last heads"  # as heads, below the queries and the keys
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ _LLAMA = Family(
     inner_feeds={"self_attn.q_a_layernorm": "self_attn.q_b_proj", "self_attn.kv_a_layernorm": "self_attn.kv_b_proj"},
     pairs=(
         ("self_attn.v_proj", "self_attn.o_proj", Fold.heads),
+        ("self_attn.qkv_proj", "self_attn.o_proj", Fold.last_heads),
         ("mlp.up_proj", "mlp.down_proj", Fold.equal),
         ("mlp.gate_up_proj", "mlp.down_proj", Fold.second_half),
         ("mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj", Fold.equal),
