@@ -73,10 +73,8 @@ class Changes:
         source = open_source(model, parse_dtype(dtype))
         make_plan(source.skeleton, config)  # whose errors are better told before the long part
         if imatrix is not None and imatrix.exists():
-            errors.print(
-                f"[yellow]warning:[/] {imatrix} must come from a run with the same changes of the model",
-                highlight=False,
-            )
+            warning = f"{imatrix} must come from a run with the same changes of the model"
+            errors.print(f"[yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
         output.resolve().parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.changed-", dir=output.resolve().parent))
         try:

@@ -56,7 +56,8 @@ class RotationReport:
         ]
         if self.untied:
             lines.append(
-                f"  {self.untied} was tied to the embedding and is not any more: {self.bytes_added / 1e6:.1f} MB more"
+                f"  {self.untied} was tied to the embedding and is not any more: {self.bytes_added / 1e6:.1f} MB more "
+                "in float, and _default reaches it now (_head: none keeps it)"
             )
         return "\n".join(lines)
 
