@@ -1,7 +1,7 @@
-"""A twin of a model: the same function, other weights. What favours a model's own grid of values does not favour its twin.
+"""A twin of a model: the same function, other weights.
 
-SmolLM2's weights come out of a 4-bit file and lie on its grid, which some quantizers hit again. The twin's residual stream
-is turned by a random orthogonal matrix, and its weights lie on no grid.
+SmolLM2's weights come out of a 4-bit file and lie on its grid, which some quantizers hit again. The twin's residual
+stream is turned by a random orthogonal matrix, and its weights lie on no grid.
 
     python evals/quality/rotated_twin.py demo/SmolLM2-135M demo/SmolLM2-135M-twin
 """
@@ -24,15 +24,16 @@ SEED = 0
 def write_twin(model: Path, twin: Path, seed: int = SEED, dtype: torch.dtype = torch.float32) -> Path:
     """Writes the twin of a checkpoint and the files beside it, unless one of the same seed and dtype is there already.
 
-    float32 by default: rounded to 16 bits, the twin would be another function than its model.
+    float32 by default: rounded to 16 bits, the twin would be another function than its model. A folder that is no twin
+    is not replaced.
     """
-    note = {"seed": seed, "dtype": str(dtype)}
-    if (twin / "twin.json").is_file() and json.loads((twin / "twin.json").read_text()) == note:
+    note, known = {"seed": seed, "dtype": str(dtype)}, (twin / "twin.json").is_file()
+    if known and json.loads((twin / "twin.json").read_text()) == note:
         return twin
     source = open_source(model, dtype)
     plain = source.load()
     print(rotate_(plain, "random", seed))
-    save(plain, twin, overwrite=True, extras=source.extras())
+    save(plain, twin, overwrite=known, extras=source.extras())
     (twin / "twin.json").write_text(json.dumps(note) + "\n")
     return twin
 
