@@ -77,7 +77,12 @@ if TYPE_CHECKING:
     from llmquant.quantize import quantize_ as quantize_
     from llmquant.quantize import quantize_weight as quantize_weight
     from llmquant.tensor import QuantizedTensor as QuantizedTensor
+    from llmquant.tune.awq import awq_ as awq_
+    from llmquant.tune.rotate import RotationReport as RotationReport
+    from llmquant.tune.rotate import rotate_ as rotate_
     from llmquant.tune.sequential import quantize_with_data_ as quantize_with_data_
+    from llmquant.tune.sites import MigrationReport as MigrationReport
+    from llmquant.tune.smoothquant import smoothquant_ as smoothquant_
 
 _PUBLIC = {
     "llmquant.calibrate.collect": ["Calibration", "collect_stats"],
@@ -125,6 +130,10 @@ _PUBLIC = {
     "llmquant.quantize": ["QuantizationReport", "quantize_", "quantize_weight"],
     "llmquant.tensor": ["QuantizedTensor"],
     "llmquant.tune.sequential": ["quantize_with_data_"],
+    "llmquant.tune.awq": ["awq_"],
+    "llmquant.tune.rotate": ["RotationReport", "rotate_"],
+    "llmquant.tune.sites": ["MigrationReport"],
+    "llmquant.tune.smoothquant": ["smoothquant_"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 _PACKAGES = ["qat"]

@@ -62,6 +62,10 @@ class CalibrationError(LlmQuantError):
     """A weight that needs a calibration run and got none, or one that the run cannot say enough about."""
 
 
+class UnknownArchitectureError(LlmQuantError):
+    """A model of which it is not known what feeds what, or one that a change of its weights would break."""
+
+
 class CheckpointError(LlmQuantError):
     """A checkpoint that is incomplete, truncated, mixed from two saves, or of an unknown version."""
 

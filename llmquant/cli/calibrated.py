@@ -40,13 +40,21 @@ class Calibrating:
         reading: the text.
         imatrix: where the importance of columns is kept, if errors are to be weighed by it.
         dtype: name of the dtype to load in.
+        was_read: whether the text has been of use already.
 
     Raises:
         ConfigError: for a text that nothing needs.
     """
 
     def __init__(
-        self, model: str, config: FqnToConfig, reading: Reading, imatrix: Path | None = None, dtype: str = "auto"
+        self,
+        model: str,
+        config: FqnToConfig,
+        reading: Reading,
+        imatrix: Path | None = None,
+        dtype: str = "auto",
+        *,
+        was_read: bool = False,
     ) -> None:
         from llmquant.calibrate.observers import observer_factory
         from llmquant.checkpoint.source import open_source, parse_dtype
@@ -61,7 +69,7 @@ class Calibrating:
         self.needs_blocks = runs_by_blocks(self.plan)
         kept = imatrix is not None and imatrix.exists()
         self.reads = bool(self.plan.calibrated) or (imatrix is not None and not kept)
-        if reading.text is not None and not self.reads:
+        if reading.text is not None and not (self.reads or was_read):
             raise ConfigError(
                 "nothing here needs --calib", hint="it is for --algorithm gptq, --imatrix and schemes like s8-int8"
             )

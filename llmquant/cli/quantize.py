@@ -38,9 +38,18 @@ def quantize(
         str | None,
         typer.Option(
             help="How codes and scales are chosen: search (the default: least-squares scales), rtn (round to nearest), "
-            "or gptq (errors of a column are made up for by later ones; reads a text)."
+            "or gptq (errors of a column are made up for by later ones; reads a text). awq and smoothquant scale "
+            "channels of the plain model by a text, then let search or, as in awq+gptq, another one choose."
         ),
     ] = None,
+    rotate: Annotated[
+        str | None,
+        typer.Option(
+            help="Turn the residual stream by a hadamard or a random matrix before anything else: the same function, "
+            "weights without outliers. Best with gptq; a tied head gets a weight of its own."
+        ),
+    ] = None,
+    rotate_seed: Annotated[int, typer.Option(help="Of that matrix.")] = 0,
     imatrix: Annotated[
         Path | None,
         typer.Option(
@@ -78,7 +87,8 @@ def quantize(
 
     Works tensor by tensor: memory stays near the size of one shard, whatever the model's size. Where a text is read
     (gptq, --imatrix, static activations) the model runs first; gptq works block by block, keeps finished blocks in
-    OUT.partial, and goes on behind them if it was interrupted.
+    OUT.partial, and goes on behind them if it was interrupted. --rotate, awq and smoothquant load the model too, and
+    need room on the disk for a plain copy of it beside the output while they run.
 
     Schemes: `none`, or a format with suffixes: `int1` to `int8`, `float8`, `float8-e5m2`, then `-g<size>`, `-row` or
     `-tensor` (float8 also `-b<size>`: square blocks), then `-sym` or `-asym`. For instance `int4-g64-asym`. In front
@@ -94,20 +104,26 @@ def quantize(
 
     * `llmquant quantize ./m -o ./q --recipe int4-g64 --algorithm gptq --calib ./text.txt`
 
+    * `llmquant quantize ./m -o ./q --recipe int4-g64 --algorithm gptq --rotate hadamard`
+
     * `llmquant quantize ./m -o ./q --recipe int4-g64 --set _embedding=int8 --set 're:.*down_proj=int6-g32'`
     """
     from llmquant.checkpoint.files import check_target
     from llmquant.cli.calibrated import Calibrating, Reading
+    from llmquant.cli.prepared import Changes, split_algorithm
 
-    config = build_config(recipe, set_ or [], algorithm)
+    migrate, algorithm = split_algorithm(algorithm)
+    config, shard_bytes = build_config(recipe, set_ or [], algorithm), parse_size(max_shard_size)
     check_target(output, overwrite)  # before the long part
-    work = Calibrating(model, config, Reading(calib, calib_tokens, seed, observer), imatrix, dtype)
-    write = work.by_blocks if work.needs_blocks else work.streamed
-    report = write(output, overwrite, parse_size(max_shard_size))
+    reading, changes = Reading(calib, calib_tokens, seed, observer), Changes(rotate, rotate_seed, migrate)
+    with changes.applied(model, output, config, reading, imatrix, dtype) as plain:
+        work = Calibrating(plain, config, reading, imatrix, dtype, was_read=migrate is not None)
+        write = work.by_blocks if work.needs_blocks else work.streamed
+        report = write(output, overwrite, shard_bytes)
     for warning in report.warnings:
         errors.print(f"[yellow]warning:[/] {warning}", highlight=False)
     if json:
-        write_json(report.to_dict(), json)
+        write_json(report.to_dict() | changes.reports, json)
     if not json or str(json) != "-":
         print_report(report, output)
 
