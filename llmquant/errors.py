@@ -58,6 +58,10 @@ class CalibrationError(LlmQuantError):
     """A weight that needs a calibration run and got none, or one that the run cannot say enough about."""
 
 
+class BudgetError(LlmQuantError):
+    """A budget of bits or bytes that no choice of schemes can meet."""
+
+
 class CheckpointError(LlmQuantError):
     """A checkpoint that is incomplete, truncated, mixed from two saves, or of an unknown version."""
 
