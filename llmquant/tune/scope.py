@@ -106,7 +106,9 @@ def parse_schemes(schemes: str | Sequence[Any]) -> dict[str, QuantConfig]:
     given = schemes.split(",") if isinstance(schemes, str) else list(schemes)
     found: dict[str, QuantConfig] = {}
     for item in given:
-        config = item if isinstance(item, QuantConfig) else parse_config(item.strip() if isinstance(item, str) else item)
+        config = (
+            item if isinstance(item, QuantConfig) else parse_config(item.strip() if isinstance(item, str) else item)
+        )
         if config is None or config.scheme in found:
             raise ConfigError(f"{item!r} is no scheme to choose" if config is None else f"{item!r} is there twice")
         found[config.scheme] = config

@@ -13,11 +13,9 @@ from llmquant.calibrate.collect import as_batches
 from llmquant.config.base import QuantConfig
 from llmquant.config.candidates import Candidate
 from llmquant.errors import CalibrationError, ConfigError
-from llmquant.formats import METHODS, get_format
 from llmquant.measure.evaluate import Reference, evaluate
 from llmquant.measure.text import BUILTIN
 from llmquant.quantize import Progress
-from llmquant.tensor import QuantizedTensor
 from llmquant.tune.bank import Bank, Quantize, bytes_under, plain_quantize
 from llmquant.tune.fisher import fisher_scores
 from llmquant.tune.groups import Group
@@ -65,9 +63,7 @@ def sensitivity(
     Raises:
         ConfigError, NothingToQuantizeError, AlreadyQuantizedError, BadWeightError, TextError, CalibrationError.
     """
-    scope = make_scope(
-        model, schemes, fixed=fixed, embeddings=embeddings, filter_fn=filter_fn, together=together
-    )
+    scope = make_scope(model, schemes, fixed=fixed, embeddings=embeddings, filter_fn=filter_fn, together=together)
     windows = as_windows(data, tokenizer, tokens=tokens, context=context, seed=seed)
     return score(Bank(model, quantize), scope, windows, method, seed=seed, cache=cache, progress=progress)
 
@@ -96,9 +92,7 @@ def score(
     return scores
 
 
-def store_of(
-    bank: Bank, scope: Scope, windows: Tensor, method: str, seed: int, cache: str | Path | None
-) -> Store:
+def store_of(bank: Bank, scope: Scope, windows: Tensor, method: str, seed: int, cache: str | Path | None) -> Store:
     """Where these scores are kept: under a hash of the model, the schemes, the groups, the tokens and the method."""
     if cache is None or not bank.is_plain:
         return Store(None, "")
