@@ -1,8 +1,8 @@
 """The multiple-choice knapsack, solved exactly: one option for each group, least score within a budget of bytes.
 
 Dynamic programming over the groups keeps, after each, the choices that no other beats in both bytes and score (the
-Pareto front). Sizes are exact to the byte, so a front may grow without end; what keeps it small is a bound. Dropping
-that options are whole makes the rest of the problem linear: its solution walks down the convex hulls of the groups'
+Pareto front). Sizes are exact to the byte, so a front may grow without end; what keeps it small is a bound. If options
+need not be whole, the rest of the problem is linear: its solution walks down the convex hulls of the groups'
 options by falling gain per byte (Sinha and Zoltners, "The multiple-choice knapsack problem", 1979). That is the least
 score a state can still reach; where the walk meets a corner, the choice is whole, and what it reaches is an upper
 bound for the optimum. A state whose least exceeds it is dropped.
@@ -11,6 +11,7 @@ bound for the optimum. A state whose least exceeds it is dropped.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -50,11 +51,11 @@ def knapsack(sizes: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], 
 
 
 class _Options(NamedTuple):
-    """A group's options worth a thought, by rising size and falling score. `index` is their place among all."""
+    """A group's options worth a thought, by rising size and falling score. `place` is their place among all."""
 
     sizes: Ints
     scores: Floats
-    index: Ints
+    place: Ints
 
 
 class _Stage(NamedTuple):
@@ -117,10 +118,9 @@ def _hull_steps(group: _Options) -> list[tuple[float, int, float]]:
         while len(corners) > 1 and _slope(group, corners[-1], i) <= _slope(group, corners[-2], corners[-1]):
             corners.pop()
         corners.append(i)
-    pairs = zip(corners, corners[1:], strict=False)
     return [
         (_slope(group, a, b), int(group.sizes[b] - group.sizes[a]), float(group.scores[b] - group.scores[a]))
-        for a, b in pairs
+        for a, b in pairwise(corners)
     ]
 
 
@@ -149,7 +149,7 @@ def _extend(stage: _Stage, group: _Options) -> _Stage:
 
 
 def _pruned(stage: _Stage, after: _Relaxation, budget: int, best: float) -> tuple[_Stage, float]:
-    """The states that the rest fits beside and that may lead to the optimum, and the least score known to be reached."""
+    """The states that may still lead to the optimum, and the least score known to be reached."""
     stage = _picked(stage, np.flatnonzero(stage.sizes + after.sizes[0] <= budget))
     room = budget - stage.sizes
     best = min(best, float((stage.scores + after.reached(room)).min()))
@@ -160,13 +160,13 @@ def _pruned(stage: _Stage, after: _Relaxation, budget: int, best: float) -> tupl
 
 
 def _picked(stage: _Stage, states: Ints) -> _Stage:
-    return _Stage(*(column[states] for column in stage))
+    return _Stage(stage.sizes[states], stage.scores[states], stage.parent[states], stage.option[states])
 
 
 def _walk_back(stages: Sequence[tuple[_Stage, _Options]]) -> list[int]:
     """From the last state, which has the least score of all, to the choice that led there."""
     chosen, state = [], -1
     for stage, group in reversed(stages):
-        chosen.append(int(group.index[stage.option[state]]))
+        chosen.append(int(group.place[stage.option[state]]))
         state = int(stage.parent[state])
     return chosen[::-1]

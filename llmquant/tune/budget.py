@@ -1,4 +1,4 @@
-"""Mixed precision under a budget: which scheme for which weight, so that the model of a given size is nearest the plain one.
+"""Mixed precision under a budget: which scheme for which weight, so that a small model stays near the plain one.
 
 Scores (`sensitivity`) go into an exact knapsack over real bytes, and what comes out is measured: it must beat every
 uniform recipe of no larger size, or that is the answer. Errors are not additive where they are large, and an optimizer
@@ -90,7 +90,7 @@ def choose_mixture(
     bank = Bank(model, quantize)
     scores = score(bank, scope, windows, method, seed=seed, cache=cache, progress=progress)
     mixed = solve(scope, scores, bits)
-    compared = (mixed,)
+    compared: tuple[Contender, ...] = (mixed,)
     if validate:
         rivals = [mixed, *(other for other in uniforms(scope) if other.bits <= bits)]
         store = store_of(bank, scope, windows, method, seed, cache)

@@ -13,8 +13,8 @@ mean KL over T tokens is about
 
 the diagonal of that form: changes of different outputs, and at different tokens, are taken as unrelated. (With the sums
 over a token inside the square, or over all tokens, choices come out no better: few draws of labels make them noisy.)
-The changes are made of the layer's inputs and the quantized weight alone, so one pass serves all schemes. The idea of scoring formats by gradients at the output is that of
-NVIDIA's Model Optimizer (`auto_quantize`).
+The changes are made of the layer's inputs and the quantized weight alone, so one pass serves all schemes. To score
+formats by gradients at the output is the idea of NVIDIA's Model Optimizer (`auto_quantize`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from llmquant.calibrate.capture import Capture, Watched
 from llmquant.calibrate.collect import one_by_one
 from llmquant.config.base import QuantConfig
 from llmquant.config.candidates import Candidate
+from llmquant.errors import CalibrationError
 from llmquant.quantize import Progress
 from llmquant.tune.bank import Bank
 
@@ -58,10 +59,15 @@ def fisher_scores(
         windows: token ids [W, T] int64.
         seed: for the labels that are drawn.
         progress: called before each window, with windows done and in all.
+
+    Raises:
+        CalibrationError: for weights that the run never used: nothing is known of them.
     """
+    unseen = {candidate.name for candidate in options}
     scores = dict.fromkeys(((c, config) for c, configs in options.items() for config in configs), 0.0)
 
     def visit(candidate: Candidate, matrix: int, x: Tensor, gradient: Tensor) -> None:
+        unseen.discard(candidate.name)
         for config in options[candidate]:
             error = _error(bank, candidate, config, matrix)
             scores[candidate, config] += _cost(x, error, gradient)
@@ -74,7 +80,18 @@ def fisher_scores(
             backward(window, generator)
     if progress:
         progress(len(windows), len(windows), "")
+    _refuse_unseen(sorted(unseen))
     return {key: total / windows.numel() for key, total in scores.items()}
+
+
+def _refuse_unseen(names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise CalibrationError(
+            "the scoring run never used these weights, so it cannot say what they are worth",
+            where=", ".join(names[:3]) + more,
+            hint="other tokens; a fixed scheme for them; or the method data-free",
+        )
 
 
 def _error(bank: Bank, candidate: Candidate, config: QuantConfig, matrix: int) -> Tensor:

@@ -22,7 +22,7 @@ SIBLINGS = (
     ("wi_0", "wi_1"),
     ("w1", "w3"),
 )
-"""Names of modules under one parent that read the same input. Fused weights need no entry, unknown names stand alone."""
+"""Names of modules under one parent that read the same input. Fused weights need none, unknown names stand alone."""
 
 _EXPERTS = re.compile(r"(?:^|\.)[a-z_]*experts(?=\.)")
 
@@ -78,7 +78,7 @@ def _name(key: str, members: list[Candidate]) -> str:
     if len(members) == 1:
         return members[0].name.removesuffix(".weight")
     modules = [member.name.rpartition(".")[0] for member in members]
-    if all(module.rpartition(".")[0] == key for module in modules):
+    if key not in modules and all(module.rpartition(".")[0] == key for module in modules):
         return f"{key}.{{{','.join(module.rpartition('.')[2] for module in modules)}}}"
     return key
 

@@ -85,8 +85,8 @@ class Mixture:
         lines = [
             f"Made by llmquant {llmquant.__version__}{f' for {source}' if source else ''}: {what} within "
             f"{self.budget:g} bits per quantized weight.",
-            f"Scores: {self.scores.method} on {self.scores.tokens} tokens. It takes {self.chosen.bytes:,} bytes, scales "
-            "and padding included.",
+            f"Scores: {self.scores.method} on {self.scores.tokens} tokens. It takes {self.chosen.bytes:,} bytes, "
+            "scales and padding included.",
         ]
         return lines + [f"Mean KL of {c.name} ({c.bits:.3f} bits): {c.kl:.5f} nats" for c in self.compared]
 

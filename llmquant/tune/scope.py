@@ -1,4 +1,4 @@
-"""What a choice of schemes is about: the weights that are open, the schemes they may get, and what is fixed beforehand."""
+"""What a choice of schemes is about: the weights that are open, the schemes they may get, and what is fixed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each group of weights costs in each scheme: bytes, and how much quality. Kept as JSON under what it depends on."""
+"""What each group of weights costs in each scheme, in bytes and in quality, kept as JSON between runs."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 def fingerprint(model: nn.Module, *facts: Any) -> str:
-    """sha256 of a model's parameters and buffers, names and bytes, and of facts as JSON; tensors among them by value."""
+    """sha256 of a model's parameters and buffers, names and bytes, and of facts, tensors or JSON."""
     digest = hashlib.sha256(f"scores {VERSION}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
