@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from llmquant.integrations.optimize import restore as restore
     from llmquant.integrations.transformers import LlmQuantConfig as LlmQuantConfig
     from llmquant.integrations.transformers import load as load
+    from llmquant.measure.activations import ActivationReport as ActivationReport
+    from llmquant.measure.activations import compare_activations as compare_activations
     from llmquant.primitives.granularity import MappingType as MappingType
     from llmquant.primitives.granularity import PerAxis as PerAxis
     from llmquant.primitives.granularity import PerBlock as PerBlock
@@ -74,6 +76,10 @@ if TYPE_CHECKING:
     from llmquant.quantize import quantize_ as quantize_
     from llmquant.quantize import quantize_weight as quantize_weight
     from llmquant.tensor import QuantizedTensor as QuantizedTensor
+    from llmquant.tune.budget import choose_mixture as choose_mixture
+    from llmquant.tune.budget import mixed_precision as mixed_precision
+    from llmquant.tune.mixture import Mixture as Mixture
+    from llmquant.tune.sensitivity import sensitivity as sensitivity
 
 _PUBLIC = {
     "llmquant.calibrate.collect": ["Calibration", "collect_stats"],
@@ -105,6 +111,7 @@ _PUBLIC = {
     "llmquant.formats": ["Format", "register_format"],
     "llmquant.integrations.optimize": ["OptimizeReport", "optimize", "restore"],
     "llmquant.integrations.transformers": ["LlmQuantConfig", "load"],
+    "llmquant.measure.activations": ["ActivationReport", "compare_activations"],
     "llmquant.primitives.granularity": [
         "MappingType",
         "PerAxis",
@@ -119,6 +126,9 @@ _PUBLIC = {
     "llmquant.primitives.stats": ["InputStats"],
     "llmquant.quantize": ["QuantizationReport", "quantize_", "quantize_weight"],
     "llmquant.tensor": ["QuantizedTensor"],
+    "llmquant.tune.budget": ["choose_mixture", "mixed_precision"],
+    "llmquant.tune.mixture": ["Mixture"],
+    "llmquant.tune.sensitivity": ["sensitivity"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
