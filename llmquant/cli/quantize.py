@@ -36,6 +36,21 @@ def quantize(
             "these keys hold.",
         ),
     ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of --recipe: choose a scheme for each weight, so that all stay within so many bits per "
+            "quantized weight (scales included) and the model stays nearest the plain one. Loads the model."
+        ),
+    ] = None,
+    schemes: Annotated[
+        str | None,
+        typer.Option(help="What --bits chooses from, with commas: int2-g32,int3-g64,int4-g64,int6-g64,int8."),
+    ] = None,
+    save_recipe: Annotated[Path | None, typer.Option(help="Write what --bits chose as a recipe (YAML).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the scores and what --bits chose (.png, .svg, .pdf); llmquant[plot].")
+    ] = None,
     algorithm: Annotated[
         str | None, typer.Option(help="rtn (round to nearest) or search (the default: least-squares scales).")
     ] = None,
@@ -73,17 +88,37 @@ def quantize(
     * `llmquant quantize ./SmolLM2 -o ./SmolLM2-int4 --recipe int4-g32`
 
     * `llmquant quantize ./m -o ./q --recipe int4-g64 --set _embedding=int8 --set 're:.*down_proj=int6-g32'`
+
+    * `llmquant quantize ./m -o ./q --bits 4.25 --schemes int3-g64,int4-g64,int6-g64 --plot choice.png`
     """
     from llmquant.checkpoint.files import check_target
     from llmquant.checkpoint.source import parse_dtype
     from llmquant.checkpoint.stream import quantize_checkpoint
+    from llmquant.cli.budget import check_alone, choose_config
 
-    config = build_config(recipe, set_ or [], algorithm)
+    if bits is None:
+        config = build_config(recipe, set_ or [], algorithm)
+    else:
+        check_alone(recipe)
+        check_target(output, overwrite)  # before the long part
+        config = choose_config(
+            model,
+            bits,
+            schemes,
+            parse_pairs(set_ or []),
+            algorithm=algorithm,
+            text=calib,
+            tokens=calib_tokens,
+            seed=seed,
+            dtype=dtype,
+            save_recipe=save_recipe,
+            plot=plot,
+        )
     stats = None
     if needs_calibration(config):
         check_target(output, overwrite)  # before the long part
         stats = calibrate(model, config, calib or "builtin", calib_tokens, seed, dtype)
-    elif calib is not None:
+    elif calib is not None and bits is None:
         raise ConfigError("no scheme here needs --calib: it is for static activations", hint="for instance s8-int8")
     with progress_bar("Quantizing") as progress:
         report = quantize_checkpoint(
@@ -146,6 +181,17 @@ def calibrate(model: str, config: FqnToConfig, text: str, tokens: int, seed: int
 def build_config(recipe: str | None, pairs: list[str], algorithm: str | None) -> Any:
     """The `FqnToConfig` that the options describe."""
     from llmquant.config import recipe as recipes
+
+    overrides = parse_pairs(pairs)
+    if recipe is None and overrides:
+        config = recipes.to_config(overrides)
+    else:
+        config = recipes.to_config(recipe or DEFAULT_RECIPE).overridden_by(overrides)
+    return recipes.with_algorithm(config, algorithm) if algorithm else config
+
+
+def parse_pairs(pairs: list[str]) -> dict[str, Any]:
+    """Key -> config of `--set`. Raises `ConfigError`."""
     from llmquant.config.schemes import parse_scheme
 
     overrides = {}
@@ -154,11 +200,7 @@ def build_config(recipe: str | None, pairs: list[str], algorithm: str | None) ->
         if not equals or not key:
             raise ConfigError(f"--set needs KEY=SCHEME, not {pair!r}", hint="for instance --set _embedding=int8")
         overrides[key] = parse_scheme(scheme)
-    if recipe is None and overrides:
-        config = recipes.to_config(overrides)
-    else:
-        config = recipes.to_config(recipe or DEFAULT_RECIPE).overridden_by(overrides)
-    return recipes.with_algorithm(config, algorithm) if algorithm else config
+    return overrides
 
 
 def parse_size(text: str) -> int:
