@@ -83,8 +83,9 @@ def print_report(report: ActivationReport, jump: float, top: int) -> None:
         console.print(f"\n[bold]Quantized layers, the worst {min(top, len(others))} of {len(others)}[/]")
         console.print(table_of(worst(others, top)), highlight=False)
     first = report.first_jump(jump)
-    said = f"The error first jumps at {first.name} (SQNR {first.sqnr:.1f} dB)" if first else "The error jumps nowhere"
-    console.print(f"\n{said}: more than {jump:g} dB below all before it.", highlight=False, soft_wrap=True)
+    told = f"more than {jump:g} dB below all before it"
+    said = f"first jumps at {first.name}: {first.sqnr:.1f} dB, {told}" if first else f"jumps nowhere: nothing is {told}"
+    console.print(f"\nThe error {said}.", highlight=False, soft_wrap=True)
     if report.unmatched:
         more = ", ".join(report.unmatched[:3]) + (" and more" if len(report.unmatched) > 3 else "")
         errors.print(f"[yellow]not compared:[/] {more}", highlight=False, soft_wrap=True)

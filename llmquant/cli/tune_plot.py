@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llmquant.measure.activations import ActivationReport, LayerError
     from llmquant.tune.scores import GroupScores, Scores
 
-# Distinct for most eyes (after Okabe and Ito), from few bits to many.
+# Distinct for most eyes (after Okabe and Ito).
 _COLOURS = (
     "#B2182B",
     "#D55E00",
@@ -117,6 +117,7 @@ def draw_activations(report: ActivationReport, path: Path, title: str = "", jump
     """SQNR of blocks and of quantized layers along the model, and under it how large the error is beside the output."""
     require_matplotlib()
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(12, 7.5), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=12)
@@ -138,6 +139,9 @@ def draw_activations(report: ActivationReport, path: Path, title: str = "", jump
     lower.set_ylabel("mean |difference| / mean |output|")
     lower.set_xlabel("block")
     lower.set_yscale("log")
+    lower.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    lower.yaxis.set_major_formatter("{x:g}")
+    lower.yaxis.set_minor_formatter(NullFormatter())
     _mark_jump(upper, report, jump)
     for axis in (upper, lower):
         axis.grid(color="#e4e4e4", linewidth=0.7)
