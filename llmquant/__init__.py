@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     from llmquant.integrations.optimize import restore as restore
     from llmquant.integrations.transformers import LlmQuantConfig as LlmQuantConfig
     from llmquant.integrations.transformers import load as load
+    from llmquant.measure.activations import ActivationReport as ActivationReport
+    from llmquant.measure.activations import compare_activations as compare_activations
     from llmquant.primitives.granularity import MappingType as MappingType
     from llmquant.primitives.granularity import PerAxis as PerAxis
     from llmquant.primitives.granularity import PerBlock as PerBlock
@@ -78,8 +80,12 @@ if TYPE_CHECKING:
     from llmquant.quantize import quantize_weight as quantize_weight
     from llmquant.tensor import QuantizedTensor as QuantizedTensor
     from llmquant.tune.awq import awq_ as awq_
+    from llmquant.tune.budget import choose_mixture as choose_mixture
+    from llmquant.tune.budget import mixed_precision as mixed_precision
+    from llmquant.tune.mixture import Mixture as Mixture
     from llmquant.tune.rotate import RotationReport as RotationReport
     from llmquant.tune.rotate import rotate_ as rotate_
+    from llmquant.tune.sensitivity import sensitivity as sensitivity
     from llmquant.tune.sequential import quantize_with_data_ as quantize_with_data_
     from llmquant.tune.sites import MigrationReport as MigrationReport
     from llmquant.tune.smoothquant import smoothquant_ as smoothquant_
@@ -115,6 +121,7 @@ _PUBLIC = {
     "llmquant.formats": ["Format", "register_format"],
     "llmquant.integrations.optimize": ["OptimizeReport", "optimize", "restore"],
     "llmquant.integrations.transformers": ["LlmQuantConfig", "load"],
+    "llmquant.measure.activations": ["ActivationReport", "compare_activations"],
     "llmquant.primitives.granularity": [
         "MappingType",
         "PerAxis",
@@ -134,6 +141,9 @@ _PUBLIC = {
     "llmquant.tune.rotate": ["RotationReport", "rotate_"],
     "llmquant.tune.sites": ["MigrationReport"],
     "llmquant.tune.smoothquant": ["smoothquant_"],
+    "llmquant.tune.budget": ["choose_mixture", "mixed_precision"],
+    "llmquant.tune.mixture": ["Mixture"],
+    "llmquant.tune.sensitivity": ["sensitivity"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 _PACKAGES = ["qat"]

@@ -66,6 +66,10 @@ class UnknownArchitectureError(LlmQuantError):
     """A model of which it is not known what feeds what, or one that a change of its weights would break."""
 
 
+class BudgetError(LlmQuantError):
+    """A budget of bits or bytes that no choice of schemes can meet."""
+
+
 class CheckpointError(LlmQuantError):
     """A checkpoint that is incomplete, truncated, mixed from two saves, or of an unknown version."""
 

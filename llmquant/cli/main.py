@@ -7,7 +7,7 @@ import sys
 import typer
 
 import llmquant
-from llmquant.cli import bench, evaluate, info, inspect, quantize, recipes
+from llmquant.cli import bench, compare, evaluate, info, inspect, quantize, recipes, sensitivity
 from llmquant.cli.console import errors
 from llmquant.errors import LlmQuantError
 
@@ -25,6 +25,8 @@ app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("recipes")(recipes.recipes)
+app.command("sensitivity")(sensitivity.sensitivity)
+app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
 app.command("info")(info.info)
 

@@ -34,6 +34,21 @@ def quantize(
             "these keys hold.",
         ),
     ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of --recipe: choose a scheme for each weight, so that all stay within so many bits per "
+            "quantized weight (scales included) and the model stays nearest the plain one. Loads the model."
+        ),
+    ] = None,
+    schemes: Annotated[
+        str | None,
+        typer.Option(help="What --bits chooses from, with commas: int2-g32,int3-g64,int4-g64,int6-g64,int8."),
+    ] = None,
+    save_recipe: Annotated[Path | None, typer.Option(help="Write what --bits chose as a recipe (YAML).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the scores and what --bits chose (.png, .svg, .pdf); llmquant[plot].")
+    ] = None,
     algorithm: Annotated[
         str | None,
         typer.Option(
@@ -107,17 +122,26 @@ def quantize(
     * `llmquant quantize ./m -o ./q --recipe int4-g64 --algorithm gptq --rotate hadamard`
 
     * `llmquant quantize ./m -o ./q --recipe int4-g64 --set _embedding=int8 --set 're:.*down_proj=int6-g32'`
+
+    * `llmquant quantize ./m -o ./q --bits 4.25 --schemes int3-g64,int4-g64,int6-g64 --plot choice.png`
     """
     from llmquant.checkpoint.files import check_target
+    from llmquant.cli.budget import Budget, check_alone
     from llmquant.cli.calibrated import Calibrating, Reading
     from llmquant.cli.prepared import Changes, split_algorithm
 
     migrate, algorithm = split_algorithm(algorithm)
+    if bits is not None:
+        check_alone(recipe)
     config, shard_bytes = build_config(recipe, set_ or [], algorithm), parse_size(max_shard_size)
     check_target(output, overwrite)  # before the long part
     reading, changes = Reading(calib, calib_tokens, seed, observer), Changes(rotate, rotate_seed, migrate)
     with changes.applied(model, output, config, reading, imatrix, dtype) as plain:
-        work = Calibrating(plain, config, reading, imatrix, dtype, was_read=migrate is not None)
+        if bits is not None:
+            budget = Budget(bits, schemes, parse_pairs(set_ or []), algorithm, save_recipe, plot)
+            config = budget.choose(plain, reading, dtype)
+        was_read = migrate is not None or bits is not None
+        work = Calibrating(plain, config, reading, imatrix, dtype, was_read=was_read)
         write = work.by_blocks if work.needs_blocks else work.streamed
         report = write(output, overwrite, shard_bytes)
     for warning in report.warnings:
@@ -131,6 +155,17 @@ def quantize(
 def build_config(recipe: str | None, pairs: list[str], algorithm: str | None) -> Any:
     """The `FqnToConfig` that the options describe."""
     from llmquant.config import recipe as recipes
+
+    overrides = parse_pairs(pairs)
+    if recipe is None and overrides:
+        config = recipes.to_config(overrides)
+    else:
+        config = recipes.to_config(recipe or DEFAULT_RECIPE).overridden_by(overrides)
+    return recipes.with_algorithm(config, algorithm) if algorithm else config
+
+
+def parse_pairs(pairs: list[str]) -> dict[str, Any]:
+    """Key -> config of `--set`. Raises `ConfigError`."""
     from llmquant.config.schemes import parse_scheme
 
     overrides = {}
@@ -139,11 +174,7 @@ def build_config(recipe: str | None, pairs: list[str], algorithm: str | None) ->
         if not equals or not key:
             raise ConfigError(f"--set needs KEY=SCHEME, not {pair!r}", hint="for instance --set _embedding=int8")
         overrides[key] = parse_scheme(scheme)
-    if recipe is None and overrides:
-        config = recipes.to_config(overrides)
-    else:
-        config = recipes.to_config(recipe or DEFAULT_RECIPE).overridden_by(overrides)
-    return recipes.with_algorithm(config, algorithm) if algorithm else config
+    return overrides
 
 
 def parse_size(text: str) -> int:
