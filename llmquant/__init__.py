@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from llmquant.calibrate.collect import Calibration as Calibration
     from llmquant.calibrate.collect import collect_stats as collect_stats
     from llmquant.calibrate.data import calibration_windows as calibration_windows
+    from llmquant.calibrate.imatrix import load_imatrix as load_imatrix
+    from llmquant.calibrate.imatrix import save_imatrix as save_imatrix
     from llmquant.checkpoint.save import save as save
     from llmquant.config.base import DynamicActivationConfig as DynamicActivationConfig
     from llmquant.config.base import StaticActivationConfig as StaticActivationConfig
@@ -75,14 +77,16 @@ if TYPE_CHECKING:
     from llmquant.quantize import quantize_weight as quantize_weight
     from llmquant.tensor import QuantizedTensor as QuantizedTensor
     from llmquant.tune.awq import awq_ as awq_
-    from llmquant.tune.rotate import RotationReport as RotationReport
     from llmquant.tune.rotate import rotate_ as rotate_
+    from llmquant.tune.rotate import RotationReport as RotationReport
+    from llmquant.tune.sequential import quantize_with_data_ as quantize_with_data_
     from llmquant.tune.sites import MigrationReport as MigrationReport
     from llmquant.tune.smoothquant import smoothquant_ as smoothquant_
 
 _PUBLIC = {
     "llmquant.calibrate.collect": ["Calibration", "collect_stats"],
     "llmquant.calibrate.data": ["calibration_windows"],
+    "llmquant.calibrate.imatrix": ["load_imatrix", "save_imatrix"],
     "llmquant.checkpoint.save": ["save"],
     "llmquant.config.base": ["DynamicActivationConfig", "StaticActivationConfig", "WeightOnlyConfig"],
     "llmquant.config.fqn": ["FqnToConfig"],
@@ -126,6 +130,7 @@ _PUBLIC = {
     "llmquant.tensor": ["QuantizedTensor"],
     "llmquant.tune.awq": ["awq_"],
     "llmquant.tune.rotate": ["RotationReport", "rotate_"],
+    "llmquant.tune.sequential": ["quantize_with_data_"],
     "llmquant.tune.sites": ["MigrationReport"],
     "llmquant.tune.smoothquant": ["smoothquant_"],
 }

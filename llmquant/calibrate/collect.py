@@ -90,8 +90,12 @@ def collect_stats(
             that are not finite.
         ConfigError, NothingToQuantizeError, AlreadyQuantizedError, TextError: as `quantize_` and `load_text`.
     """
-    plan = make_plan(model, to_config(config), filter_fn)
-    watch = Watch(model, wanted(plan, imatrix), observer)
+    asked = wanted(make_plan(model, to_config(config), filter_fn), imatrix)
+    if not asked:
+        raise CalibrationError(
+            "the config has nothing that needs a calibration run", hint="s8-int8, the algorithm gptq, or imatrix=True"
+        )
+    watch = Watch(model, asked, observer)
     batches = as_batches(data, tokenizer, windows)
     tokens = 0
     with inference(model), one_by_one(model), Capture(watch.watched):
@@ -105,22 +109,10 @@ def collect_stats(
 
 
 def wanted(plan: Plan, imatrix: bool = False) -> list[tuple[Candidate, frozenset[str]]]:
-    """The weights to watch, and the fields of `InputStats` that are asked for.
-
-    Raises:
-        CalibrationError: if there are none.
-    """
-    by_name = {name: needed_stats(config) - {MODEL} for name, (_, config) in plan.calibrated.items()}
+    """The weights to watch, and the fields of `InputStats` that are asked for."""
     importance = frozenset([MEAN_SQUARE] if imatrix else [])
-    found = [
-        (c, by_name.get(c.name, frozenset()) | importance) for c, _ in plan.chosen if imatrix or by_name.get(c.name)
-    ]
-    found = [(c, fields) for c, fields in found if not is_embedding(c)]
-    if not found:
-        raise CalibrationError(
-            "the config has nothing that needs a calibration run", hint="s8-int8, the algorithm gptq, or imatrix=True"
-        )
-    return found
+    found = [(c, (needed_stats(config) - {MODEL}) | importance) for c, config in plan.chosen if not is_embedding(c)]
+    return [(c, fields) for c, fields in found if fields]
 
 
 def as_batches(data: Any, tokenizer: Any, windows: Mapping[str, int]) -> Sequence[Tensor | Mapping[str, Any]]:

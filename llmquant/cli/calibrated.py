@@ -55,15 +55,14 @@ class Calibrating:
         *,
         was_read: bool = False,
     ) -> None:
-        from llmquant.calibrate.watch import HESSIAN
         from llmquant.checkpoint.source import open_source, parse_dtype
         from llmquant.quantize import make_plan
-        from llmquant.quantize.plan import needed_stats
+        from llmquant.tune.sequential import runs_by_blocks
 
         self.source = open_source(model, parse_dtype(dtype))
         self.config, self.reading, self.imatrix = config, reading, imatrix
         self.plan = make_plan(self.source.skeleton, config)
-        self.needs_blocks = any(HESSIAN in needed_stats(chosen) for _, chosen in self.plan.chosen)
+        self.needs_blocks = runs_by_blocks(self.plan)
         kept = imatrix is not None and imatrix.exists()
         self.reads = bool(self.plan.calibrated) or (imatrix is not None and not kept)
         if reading.text is not None and not (self.reads or was_read):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from llmquant.algorithms import Codes
 from llmquant.calibrate.capture import Capture
 from llmquant.calibrate.collect import Batches, as_batches, collect_stats, wanted
 from llmquant.calibrate.observers import MinMaxObserver, Observer
@@ -18,14 +19,16 @@ from llmquant.calibrate.watch import HESSIAN, Watch, weighed
 from llmquant.config.base import QuantConfig
 from llmquant.config.candidates import Candidate
 from llmquant.config.recipe import to_config, to_pairs
+from llmquant.formats import get_format
 from llmquant.measure.text import BUILTIN
 from llmquant.primitives.stats import InputStats
-from llmquant.quantize import InPlace, Progress, QuantizationReport, make_plan, quantize_
+from llmquant.quantize import InPlace, Plan, Progress, QuantizationReport, make_plan, quantize_
 from llmquant.quantize.model import put_parameter
-from llmquant.quantize.plan import needed_stats
+from llmquant.quantize.plan import MODEL, needed_stats
 from llmquant.tune.journal import Journal, fingerprint
+from llmquant.tune.signround import Learnable, learn_block
 
-DEFAULT_TOKENS = 65_536
+DEFAULT_TOKENS, DEFAULT_STEPS = 65_536, 50
 
 
 def quantize_with_data_(
@@ -37,6 +40,7 @@ def quantize_with_data_(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     imatrix: bool | Mapping[str, InputStats] = False,
     observer: Callable[[], Observer] = MinMaxObserver,
+    steps: int = DEFAULT_STEPS,
     journal: str | Path | None = None,
     progress: Progress | None = None,
     **windows: int,
@@ -45,9 +49,9 @@ def quantize_with_data_(
 
         quantize_with_data_(model, WeightOnlyConfig("int4", PerGroup(64), algorithm="gptq"), tokenizer=tokenizer)
 
-    Algorithms that need the Hessian of a weight's inputs run block by block: what a block is calibrated on comes from
-    the already quantized blocks before it. Where only ranges or mean squares are needed, the model reads the tokens
-    once, as it is.
+    Algorithms that need the Hessian of a weight's inputs (gptq) or the model itself (signround) run block by block:
+    what a block is calibrated on comes from the already quantized blocks before it. Where only ranges or mean squares
+    are needed, the model reads the tokens once, as it is.
 
     Args:
         model, config, filter_fn: as for `quantize_`.
@@ -55,6 +59,7 @@ def quantize_with_data_(
         tokenizer: that of the model; texts need it.
         imatrix: whether errors are weighed by the mean square of each column's inputs: yes, or what another run saw.
         observer: makes what finds the range of inputs, for static activations.
+        steps: of signround, for each block.
         journal: a folder for finished blocks. The same run, interrupted, goes on behind them and ends with equal bits;
             afterwards the folder is gone. None keeps nothing.
         progress: called with steps done, steps in all, and what is at work.
@@ -74,7 +79,7 @@ def quantize_with_data_(
     if given and not plan.calibrated:
         return quantize_(model, resolved, filter_fn=filter_fn, stats=given, progress=progress)
     batches = as_batches(data, tokenizer, {"tokens": DEFAULT_TOKENS, **windows})
-    if not any(HESSIAN in needed_stats(chosen) for _, chosen in plan.chosen):
+    if not runs_by_blocks(plan):
         seen = collect_stats(
             model, resolved, batches, filter_fn=filter_fn, imatrix=imatrix is True, observer=observer, progress=progress
         )
@@ -82,13 +87,21 @@ def quantize_with_data_(
         report.warnings += seen.warnings
         return report
     work = InPlace(model, resolved, filter_fn)
-    run = _Sequential(model, work, batches, imatrix, observer, progress)
+    run = _Sequential(model, work, batches, imatrix, observer, steps, progress)
     kept = Journal(Path(journal) if journal else None, run.fingerprint(to_pairs(resolved)))
     with _restored_on_error(model, work):
         run(kept)
         report = work.finish()
     kept.remove()
     return report
+
+
+def runs_by_blocks(plan: Plan) -> bool:
+    """Whether any weight is quantized on what the quantized blocks before it give."""
+    return any(needed_stats(config) & {HESSIAN, MODEL} for _, config in plan.chosen)
+
+
+Members = Sequence[tuple[Candidate, QuantConfig]]
 
 
 class _Sequential:
@@ -101,16 +114,19 @@ class _Sequential:
         batches: Sequence[Batch],
         imatrix: bool | Mapping[str, InputStats],
         observer: Callable[[], Observer],
+        learning_steps: int,
         progress: Progress | None,
     ) -> None:
         self.model, self.work, self.batches, self.observer = model, work, batches, observer
         self.given = imatrix if isinstance(imatrix, Mapping) else {}
         self.fields = dict((c.name, fields) for c, fields in wanted(work.plan, imatrix=imatrix is True))
+        self.learning_steps = learning_steps
+        self.learns = any(MODEL in needed_stats(config) for _, config in work.plan.chosen)
         self.progress, self.steps, self.total = progress, 0, 0
 
     def fingerprint(self, config: Any) -> str:
         """What two runs must share to end with equal bits."""
-        words = [config, {name: sorted(fields) for name, fields in self.fields.items()}]
+        words = [config, {name: sorted(fields) for name, fields in self.fields.items()}, self.learning_steps]
         given = [s.mean_square for _, s in sorted(self.given.items()) if s.mean_square is not None]
         tensors = [t for batch in self.batches for t in (batch.values() if isinstance(batch, Mapping) else [batch])]
         plain = [t for t in tensors if isinstance(t, Tensor)]
@@ -120,58 +136,109 @@ class _Sequential:
         """Quantizes every block, then what lies outside of them."""
         with walking(self.model):
             blocks = find_blocks(self.model, self.batches[0])
-            chain = Chain(self.model, blocks, self.batches)
-            self.total = len(self.batches) * (2 * len(blocks) + 1)
+            quantized, plain = (Chain(self.model, blocks, self.batches) for _ in range(2))
+            self.total = len(blocks) * (2 * len(self.batches) + self._steps_of_a_block()) + len(self.batches)
             for block in blocks:
-                members = [(c, q) for c, q in self.work.plan.chosen if c.name.startswith(block.name + ".")]
-                self._part(block.name, members, partial(self._calls, chain, block), journal)
-                self._run(chain.advance(), block.name)
-            rest = [(c, q) for c, q in self.work.plan.chosen if c.name not in self.work.report.quantized]
-            self._part("", rest, chain.finish, journal)
+                targets = list(self._run(plain.advance(), block.name)) if self.learns else []
+                self._part(block.name, self._members(block), _Passes(quantized, block, targets), journal)
+                self._spend(self._run(quantized.advance(), block.name))
+            rest = [(c, _not_learned(q)) for c, q in self.work.plan.chosen if c.name not in self.work.report.quantized]
+            self._part("", rest, _Passes(quantized, None, []), journal)
 
-    def _part(
-        self,
-        name: str,
-        members: Sequence[tuple[Candidate, QuantConfig]],
-        passes: Callable[[], Iterator[Any]],
-        journal: Journal,
-    ) -> None:
+    def _members(self, block: Block) -> Members:
+        return [(c, q) for c, q in self.work.plan.chosen if c.name.startswith(block.name + ".")]
+
+    def _steps_of_a_block(self) -> int:
+        return len(self.batches) + self.learning_steps if self.learns else 0
+
+    def _part(self, name: str, members: Members, passes: _Passes, journal: Journal) -> None:
         """Quantizes the weights of one block, or takes them as an interrupted run left them."""
+        start = self.steps
         found = journal.load(name)
         if found is not None:
-            self._run(iter(self.batches), name)
             for candidate, config in members:
                 self.work.put(candidate, config, found["weights"][candidate.name])
             self.work.warn(*found["warnings"])
-            return
-        before = len(self.work.report.warnings)
-        stats = self._observe(name, members, passes)
-        weights = {c.name: self.work.quantize(c, config, stats.get(c.name)) for c, config in members}
-        journal.save(name, {"weights": weights, "warnings": list(self.work.report.warnings[before:])})
+        else:
+            before = len(self.work.report.warnings)
+            stats = self._observe(name, members, passes)
+            codes = self._learn(name, members, passes, stats)
+            weights = {c.name: self.work.quantize(c, q, stats.get(c.name), codes.get(c.name)) for c, q in members}
+            journal.save(name, {"weights": weights, "warnings": list(self.work.report.warnings[before:])})
+        self.steps = start + len(self.batches) + (self.learning_steps if self.learns and passes.block else 0)
 
-    def _observe(
-        self, name: str, members: Sequence[tuple[Candidate, QuantConfig]], passes: Callable[[], Iterator[Any]]
-    ) -> Mapping[str, InputStats]:
+    def _observe(self, name: str, members: Members, passes: _Passes) -> Mapping[str, InputStats]:
         """What the weights of one block meet."""
         asked = [(c, self.fields[c.name]) for c, _ in members if c.name in self.fields]
         if not asked:
-            self._run(iter(self.batches), name)
-            return {}
+            return {c.name: self.given[c.name] for c, _ in members if c.name in self.given}
         watch = Watch(self.model, asked, self.observer)
         with Capture(watch.watched):
-            self._run(passes(), name)
+            self._spend(self._run(passes(), name))
         stats, warnings = watch.stats()
         self.work.warn(*warnings)
         return weighed(stats, {c.name: self.given[c.name] for c, _ in asked if c.name in self.given})
 
-    def _calls(self, chain: Chain, block: Block) -> Iterator[Any]:
-        return (call(block.module) for call in chain.calls())
+    def _learn(
+        self, name: str, members: Members, passes: _Passes, stats: Mapping[str, InputStats]
+    ) -> Mapping[str, Sequence[Codes]]:
+        """Codes of the weights of one block whose algorithm runs it."""
+        chosen = {c.name: Learnable(c, q, stats.get(c.name)) for c, q in members if MODEL in needed_stats(q)}
+        if not chosen or passes.block is None:
+            return {}
+        inside = {found.removeprefix(name + "."): weight for found, weight in chosen.items()}
+        inputs = [(call.args, call.kwargs) for call in passes.chain.calls()]
+        targets = [output if isinstance(output, Tensor) else output[0] for output in passes.targets]
+        codes = learn_block(
+            passes.block.module,
+            inside,
+            inputs,
+            targets,
+            steps=self.learning_steps,
+            progress=lambda done, total: self._tell(name),
+        )
+        return {f"{name}.{inner}": found for inner, found in codes.items()}
 
-    def _run(self, passes: Iterator[Any], name: str) -> None:
+    def _run(self, passes: Iterator[Any], name: str) -> Iterator[Any]:
+        for found in passes:
+            self._tell(name)
+            yield found
+
+    def _spend(self, passes: Iterator[Any]) -> None:
         for _ in passes:
-            if self.progress:
-                self.progress(self.steps, self.total, name)
-            self.steps += 1
+            pass
+
+    def _tell(self, name: str) -> None:
+        if self.progress:
+            self.progress(self.steps, self.total, name)
+        self.steps += 1
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Passes of all batches through one block, or behind the last one: of the quantized model as it is so far.
+
+    Attributes:
+        chain: where the batches are.
+        block: the next one; None for what lies outside of blocks.
+        targets: what the unquantized block gives behind unquantized ones, if that is needed.
+    """
+
+    chain: Chain
+    block: Block | None
+    targets: Sequence[Any]
+
+    def __call__(self) -> Iterator[Any]:
+        if self.block is None:
+            return self.chain.finish()
+        module = self.block.module
+        return (call(module) for call in self.chain.calls())
+
+
+def _not_learned(config: QuantConfig) -> QuantConfig:
+    """A config for weights outside of blocks: there is no output of a block to learn from."""
+    plain = get_format(config.format).algorithms[0]
+    return config.with_algorithm(plain) if MODEL in needed_stats(config) else config
 
 
 @contextmanager

@@ -38,6 +38,7 @@ SCHEMES = [
     *("mxfp4", "mxfp6-e2m3", "mxfp6-e3m2", "mxfp8", "mxfp8-e5m2", "nvfp4", "nf4", "nf4-single"),
     *("nf4-g12", "nf4-g48", "nf4-single-g128", "int4-g48-asym"),
     *("float8-b128", "float8-b16x48", "float8-b16x32"),
+    "float8-2x4",
 ]
 ONE_BYTE = ["mxfp4", "mxfp6-e2m3", "nvfp4", "mxfp6-e3m2", "nf4", "mxfp8"]  # scales, some with an outer one
 ACTIVATIONS = [Activation(group, asymmetric) for group in (0, 20, 32, 256) for asymmetric in (False, True)]

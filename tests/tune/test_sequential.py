@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from llmquant.calibrate.collect import collect_stats
 from llmquant.calibrate.watch import weighed
+from llmquant.config.fqn import FqnToConfig
 from llmquant.config.recipe import to_config, with_algorithm
 from llmquant.errors import CalibrationError, ConfigError
 from llmquant.quantize import QuantizationReport, quantize_
 from llmquant.tensor import QuantizedTensor
 from llmquant.tune.sequential import quantize_with_data_
 
-GPTQ = with_algorithm(to_config("int3-g32"), "gptq")
+GPTQ, SIGNROUND = (with_algorithm(to_config("int3-g32"), name) for name in ("gptq", "signround"))
 FAMILIES = ["llama-tied", "gpt2", "mixtral", "gpt-oss", "qwen3", "mamba", "dbrx"]
 
 
@@ -46,15 +47,34 @@ def assert_equal_weights(model: nn.Module, other: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_outputs_are_nearer_than_those_of_search(family: str, folders: Folders) -> None:
+@pytest.mark.parametrize("config", [GPTQ, SIGNROUND], ids=["gptq", "signround"])
+def test_outputs_are_nearer_than_those_of_search(config: FqnToConfig, family: str, folders: Folders) -> None:
     wanted = forward(load(folders(family)))
-    found = {}
-    for name in ("search", "gptq"):
-        model = load(folders(family))
-        report = run(model) if name == "gptq" else quantize_(model, "int3-g32")
-        assert {w.algorithm for w in report.quantized.values()} == {name}
-        found[name] = float((forward(model) - wanted).square().mean())
-    assert found["gptq"] < 0.8 * found["search"]
+    plain, model = load(folders(family)), load(folders(family))
+    quantize_(plain, "int3-g32")
+    report = run(model, config, steps=20)
+    blocks = {w.algorithm for name, w in report.quantized.items() if "head" not in name}
+    assert blocks == {config.fqn_to_config["_default"].algorithm}
+    error, plain_error = (float((forward(m) - wanted).square().mean()) for m in (model, plain))
+    assert error < 0.8 * plain_error
+
+
+def test_what_lies_outside_of_blocks_is_not_learned(folders: Folders) -> None:
+    report = run(load(folders("llama")), SIGNROUND, steps=1)
+    assert report.quantized["lm_head.weight"].algorithm == "search"
+    assert {w.algorithm for w in report.quantized.values()} == {"search", "signround"}
+
+
+def test_algorithms_mix(folders: Folders) -> None:
+    """Each weight gets what its own config says; the plain ones as without tokens."""
+    schemes = {r"re:.*self_attn.*": SIGNROUND.fqn_to_config["_default"], "_default": GPTQ.fqn_to_config["_default"]}
+    model, plain = load(folders("llama")), load(folders("llama"))
+    keys = {"model.layers.0.mlp.up_proj": "int8", **schemes}
+    report = run(model, keys, steps=2)
+    quantize_(plain, "int8")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(weights(model)[name], weights(plain)[name])
+    assert {w.algorithm for w in report.quantized.values()} == {"gptq", "signround", "search"}
 
 
 def test_every_weight_but_the_embedding_is_corrected(folders: Folders) -> None:
@@ -116,23 +136,24 @@ class StopAt:
     def __call__(self, done: int, total: int, item: str) -> None:
         assert 0 <= done <= total
         self.shown += 1
-        if done == self.step:
+        if done >= self.step:
             raise Interrupted
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("config", [GPTQ, SIGNROUND], ids=["gptq", "signround"])
 @pytest.mark.parametrize("step", [0, 13, 25, 40, 55])
 def test_an_interrupted_run_goes_on_and_ends_with_equal_bits(
-    family: str, step: int, folders: Folders, tmp_path: Path
+    family: str, config: FqnToConfig, step: int, folders: Folders, tmp_path: Path
 ) -> None:
     straight, model = load(folders(family)), load(folders(family))
-    report = run(straight)
+    report = run(straight, config, steps=3)
     before = {name: p.clone() for name, p in model.state_dict().items()}
     with pytest.raises(Interrupted):
-        run(model, journal=tmp_path / "journal", progress=StopAt(step))
+        run(model, config, steps=3, journal=tmp_path / "journal", progress=StopAt(step))
     assert not weights(model)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-    again = run(model, journal=tmp_path / "journal")
+    again = run(model, config, steps=3, journal=tmp_path / "journal")
     assert_equal_weights(model, straight)
     assert again.warnings == report.warnings and list(again.quantized) == list(report.quantized)
     assert not (tmp_path / "journal").exists()
