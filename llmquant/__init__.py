@@ -77,8 +77,8 @@ if TYPE_CHECKING:
     from llmquant.quantize import quantize_weight as quantize_weight
     from llmquant.tensor import QuantizedTensor as QuantizedTensor
     from llmquant.tune.awq import awq_ as awq_
-    from llmquant.tune.rotate import rotate_ as rotate_
     from llmquant.tune.rotate import RotationReport as RotationReport
+    from llmquant.tune.rotate import rotate_ as rotate_
     from llmquant.tune.sequential import quantize_with_data_ as quantize_with_data_
     from llmquant.tune.sites import MigrationReport as MigrationReport
     from llmquant.tune.smoothquant import smoothquant_ as smoothquant_
