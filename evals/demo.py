@@ -23,8 +23,8 @@ from smollm2 import write_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmquant.checkpoint.stream import quantize_checkpoint
+from llmquant.cli.calibrated import Calibrating, Reading
 from llmquant.cli.console import progress_bar, size
-from llmquant.cli.quantize import calibrate
 from llmquant.config.recipe import list_recipes, to_config
 from llmquant.formats import FORMATS
 from llmquant.measure.evaluate import Evaluation, Protocol, Reference, backends, evaluate
@@ -34,12 +34,6 @@ from llmquant.measure.text import load_text
 from llmquant.measure.windows import make_windows, tokenize
 
 RECIPES = ("int8", "float8", "mixed-4-6-8", "int4-g32", "a8-int4-g32", "int4-g64", "int3-g32")
-CALIBRATION: dict[str, Any] = {
-    "text": "builtin",
-    "tokens": 8192,
-    "seed": 0,
-    "dtype": "auto",
-}  # of recipes with static activations
 COLUMNS = ("recipe", "perplexity", "change", "KL", "top-1", "disk", "memory", "bits", "bits (q)", "s")
 NOTE = (
     "The 16-bit model comes from a file of four-bit codes (Q4_1, groups of 32), so its weights lie on such a grid: "
@@ -110,7 +104,7 @@ def open_model(folder: Path) -> tuple[Any, Footprint]:
 
 def quantized(original: Path, folder: Path, recipe: str) -> tuple[Path, float]:
     """The quantized folder and the seconds it took."""
-    stats = calibrate(str(original), to_config(recipe), **CALIBRATION)
+    stats = Calibrating(str(original), to_config(recipe), Reading()).stats()
     with progress_bar(f"{recipe}: quantize") as progress:
         report = quantize_checkpoint(original, folder, recipe, stats=stats, overwrite=True, progress=progress)
     return folder, report.seconds

@@ -19,9 +19,12 @@ from llmquant.integrations import hook as _hook
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from llmquant import qat as qat
     from llmquant.calibrate.collect import Calibration as Calibration
     from llmquant.calibrate.collect import collect_stats as collect_stats
     from llmquant.calibrate.data import calibration_windows as calibration_windows
+    from llmquant.calibrate.imatrix import load_imatrix as load_imatrix
+    from llmquant.calibrate.imatrix import save_imatrix as save_imatrix
     from llmquant.checkpoint.save import save as save
     from llmquant.config.base import DynamicActivationConfig as DynamicActivationConfig
     from llmquant.config.base import StaticActivationConfig as StaticActivationConfig
@@ -76,14 +79,21 @@ if TYPE_CHECKING:
     from llmquant.quantize import quantize_ as quantize_
     from llmquant.quantize import quantize_weight as quantize_weight
     from llmquant.tensor import QuantizedTensor as QuantizedTensor
+    from llmquant.tune.awq import awq_ as awq_
     from llmquant.tune.budget import choose_mixture as choose_mixture
     from llmquant.tune.budget import mixed_precision as mixed_precision
     from llmquant.tune.mixture import Mixture as Mixture
+    from llmquant.tune.rotate import RotationReport as RotationReport
+    from llmquant.tune.rotate import rotate_ as rotate_
     from llmquant.tune.sensitivity import sensitivity as sensitivity
+    from llmquant.tune.sequential import quantize_with_data_ as quantize_with_data_
+    from llmquant.tune.sites import MigrationReport as MigrationReport
+    from llmquant.tune.smoothquant import smoothquant_ as smoothquant_
 
 _PUBLIC = {
     "llmquant.calibrate.collect": ["Calibration", "collect_stats"],
     "llmquant.calibrate.data": ["calibration_windows"],
+    "llmquant.calibrate.imatrix": ["load_imatrix", "save_imatrix"],
     "llmquant.checkpoint.save": ["save"],
     "llmquant.config.base": ["DynamicActivationConfig", "StaticActivationConfig", "WeightOnlyConfig"],
     "llmquant.config.fqn": ["FqnToConfig"],
@@ -129,13 +139,21 @@ _PUBLIC = {
     "llmquant.tune.budget": ["choose_mixture", "mixed_precision"],
     "llmquant.tune.mixture": ["Mixture"],
     "llmquant.tune.sensitivity": ["sensitivity"],
+    "llmquant.tune.sequential": ["quantize_with_data_"],
+    "llmquant.tune.awq": ["awq_"],
+    "llmquant.tune.rotate": ["RotationReport", "rotate_"],
+    "llmquant.tune.sites": ["MigrationReport"],
+    "llmquant.tune.smoothquant": ["smoothquant_"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+_PACKAGES = ["qat"]
 
-__all__ = sorted([*_HOME, "__version__"])
+__all__ = sorted([*_HOME, *_PACKAGES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'llmquant' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

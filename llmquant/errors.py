@@ -50,6 +50,10 @@ class AlreadyQuantizedError(LlmQuantError):
     """A model or weight that is quantized already."""
 
 
+class NotPreparedError(LlmQuantError):
+    """A model to convert that was never prepared for quantization-aware training."""
+
+
 class BadWeightError(LlmQuantError):
     """A weight whose values cannot be quantized: NaN, infinite, empty, or out of the scale's range."""
 
@@ -60,6 +64,10 @@ class CalibrationError(LlmQuantError):
 
 class BudgetError(LlmQuantError):
     """A budget of bits or bytes that no choice of schemes can meet."""
+
+
+class UnknownArchitectureError(LlmQuantError):
+    """A model of which it is not known what feeds what, or one that a change of its weights would break."""
 
 
 class CheckpointError(LlmQuantError):

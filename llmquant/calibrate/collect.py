@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from llmquant.calibrate.capture import Capture
 from llmquant.calibrate.data import calibration_windows, tokenized
-from llmquant.calibrate.observers import MinMaxObserver, Observer
-from llmquant.calibrate.watch import MEAN_SQUARE, Watch
-from llmquant.config.candidates import Candidate
+from llmquant.calibrate.observers import Observer
+from llmquant.calibrate.watch import MEAN_SQUARE, Asked, Watch
 from llmquant.config.recipe import to_config
 from llmquant.errors import CalibrationError
 from llmquant.measure.evaluate import inference
@@ -62,7 +61,7 @@ def collect_stats(
     tokenizer: Any = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     imatrix: bool = False,
-    observer: Callable[[], Observer] = MinMaxObserver,
+    observer: str | Callable[[], Observer] = "minmax",
     progress: Progress | None = None,
     **windows: int,
 ) -> Calibration:
@@ -81,17 +80,23 @@ def collect_stats(
         tokenizer: that of the model.
         filter_fn: as for `quantize_`.
         imatrix: whether the mean square of every column's inputs is wanted too, by which errors are then weighed.
-        observer: makes what finds the range of the inputs of one weight, or of one expert.
+        observer: what watches a weight, or an expert: `minmax`, `average` (moving averages), `channel`, `percentile`
+            (or `percentile-99.9`), `histogram` (the range of least squared error), or a function that makes one.
         progress: called before each batch, with batches done and in all.
         **windows: `tokens`, `context` and `seed` of `calibration_windows`; of texts, `context`.
 
     Raises:
         CalibrationError: if nothing needs a run, or the run does not say enough: a weight that no token reached, inputs
             that are not finite.
-        ConfigError, NothingToQuantizeError, AlreadyQuantizedError, TextError: as `quantize_` and `load_text`.
+        ConfigError: for an unknown observer, and as `quantize_`.
+        NothingToQuantizeError, AlreadyQuantizedError, TextError: as `quantize_` and `load_text`.
     """
-    plan = make_plan(model, to_config(config), filter_fn)
-    watch = Watch(model, wanted(plan, imatrix), observer)
+    asked = wanted(make_plan(model, to_config(config), filter_fn), imatrix)
+    if not asked:
+        raise CalibrationError(
+            "the config has nothing that needs a calibration run", hint="s8-int8, the algorithm gptq, or imatrix=True"
+        )
+    watch = Watch(model, asked, observer)
     batches = as_batches(data, tokenizer, windows)
     tokens = 0
     with inference(model), one_by_one(model), Capture(watch.watched):
@@ -104,23 +109,15 @@ def collect_stats(
     return Calibration(*watch.stats(), tokens)
 
 
-def wanted(plan: Plan, imatrix: bool = False) -> list[tuple[Candidate, frozenset[str]]]:
-    """The weights to watch, and the fields of `InputStats` that are asked for.
-
-    Raises:
-        CalibrationError: if there are none.
-    """
-    by_name = {name: needed_stats(config) - {MODEL} for name, (_, config) in plan.calibrated.items()}
+def wanted(plan: Plan, imatrix: bool = False) -> list[Asked]:
+    """The weights to watch, and what for."""
     importance = frozenset([MEAN_SQUARE] if imatrix else [])
     found = [
-        (c, by_name.get(c.name, frozenset()) | importance) for c, _ in plan.chosen if imatrix or by_name.get(c.name)
+        Asked(c, (needed_stats(config) - {MODEL}) | importance, config.activation)
+        for c, config in plan.chosen
+        if not is_embedding(c)
     ]
-    found = [(c, fields) for c, fields in found if not is_embedding(c)]
-    if not found:
-        raise CalibrationError(
-            "the config has nothing that needs a calibration run", hint="s8-int8, the algorithm gptq, or imatrix=True"
-        )
-    return found
+    return [asked for asked in found if asked.fields]
 
 
 def as_batches(data: Any, tokenizer: Any, windows: Mapping[str, int]) -> Sequence[Tensor | Mapping[str, Any]]:

@@ -47,16 +47,19 @@ class Gram:
 
     def __init__(self) -> None:
         self._last: Tensor | None = None  # kept, so that no other tensor takes its place in memory
+        self._version = -1
         self._product: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._last is None or self._product is None or not _same(x, self._last):
+        if self._product is None or not self._is_last(x):
             rows = x.flatten(0, -2).float()
             self._last, self._product = x, rows.T @ rows
+            self._version = -1 if x.is_inference() else x._version
         return self._product
 
-
-def _same(x: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same values in the same place."""
-    place, other_place = ((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in (x, other))
-    return place == other_place and (x.is_inference() or x._version == other._version)
+    def _is_last(self, x: Tensor) -> bool:
+        """Whether a tensor is the last one's values in the same place; of inference tensors that cannot be told."""
+        if self._last is None or x.is_inference() or x._version != self._version:
+            return False
+        place, last = ((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in (x, self._last))
+        return place == last

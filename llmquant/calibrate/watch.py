@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from llmquant.calibrate.capture import Watched
 from llmquant.calibrate.moments import Gram, HessianObserver, MeanSquareObserver
-from llmquant.calibrate.observers import MinMaxObserver, Observer
+from llmquant.calibrate.observers import MinMaxObserver, Observer, observer_factory
 from llmquant.config.candidates import Candidate
 from llmquant.errors import CalibrationError
+from llmquant.primitives.dynamic import Activation
 from llmquant.primitives.stats import InputStats
 
 RANGE, MEAN_SQUARE, HESSIAN = "low", "mean_square", "hessian"
@@ -20,7 +23,7 @@ RANGE, MEAN_SQUARE, HESSIAN = "low", "mean_square", "hessian"
 class Notes:
     """What is kept of the inputs of one matrix: their range, their mean squares, their Hessian, as far as asked for."""
 
-    def __init__(self, fields: Set[str], gram: Gram, observer: Callable[[], Observer] = MinMaxObserver) -> None:
+    def __init__(self, fields: frozenset[str], gram: Gram, observer: Callable[[], Observer] = MinMaxObserver) -> None:
         self.tokens = 0
         self.range = observer() if RANGE in fields else None
         self.hessian = HessianObserver(gram) if HESSIAN in fields else None
@@ -34,31 +37,42 @@ class Notes:
                 kept.update(x)
 
 
+class Asked(NamedTuple):
+    """A weight to watch.
+
+    candidate: which.
+    fields: those of `InputStats` that are asked for; `low` means the range.
+    activation: how its inputs are quantized, if they are.
+    """
+
+    candidate: Candidate
+    fields: frozenset[str]
+    activation: Activation | None
+
+
 class Watch:
     """The weights of a model that a calibration run watches.
 
     Args:
         model: the model that runs.
-        wanted: for each weight the fields of `InputStats` that are asked for (`low` means the range).
-        observer: makes what finds the range of one matrix's inputs.
+        wanted: the weights, and what is asked of each.
+        observer: what finds the range of one matrix's inputs, by name, or a function that makes it.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        wanted: Sequence[tuple[Candidate, Set[str]]],
-        observer: Callable[[], Observer] = MinMaxObserver,
+        self, model: nn.Module, wanted: Sequence[Asked], observer: str | Callable[[], Observer] = "minmax"
     ) -> None:
         gram = Gram()
 
-        def notes(candidate: Candidate, fields: Set[str]) -> list[Notes]:
-            matrices = candidate.shape[0] if len(candidate.shape) == 3 else 1
-            return [Notes(fields, gram, observer) for _ in range(matrices)]
+        def notes(asked: Asked) -> list[Notes]:
+            matrices = asked.candidate.shape[0] if len(asked.candidate.shape) == 3 else 1
+            made = observer_factory(observer, asked.activation)
+            return [Notes(asked.fields, gram, made) for _ in range(matrices)]
 
-        self._notes = [notes(candidate, fields) for candidate, fields in wanted]
+        self._notes = [notes(asked) for asked in wanted]
         self.watched = [
-            Watched(candidate, model.get_parameter(candidate.name).detach(), kept)
-            for (candidate, _), kept in zip(wanted, self._notes, strict=True)
+            Watched(asked.candidate, model.get_parameter(asked.candidate.name).detach(), kept)
+            for asked, kept in zip(wanted, self._notes, strict=True)
         ]
 
     def stats(self) -> tuple[dict[str, InputStats], tuple[str, ...]]:
@@ -150,3 +164,11 @@ def _few_tokens(name: str, kept: Sequence[Notes], stats: InputStats) -> str | No
     else:
         instead = f"below {columns} tokens, the inputs of all experts count for the rest"
     return f"{name}: too few tokens chose {len(few)} of {len(kept)} experts ({named}); {instead}"
+
+
+def weighed(stats: Mapping[str, InputStats], importance: Mapping[str, InputStats]) -> dict[str, InputStats]:
+    """Statistics with the mean squares of another run in place of their own."""
+    found = dict(stats)
+    for name, other in importance.items():
+        found[name] = replace(found.get(name, InputStats()), mean_square=other.mean_square)
+    return found

@@ -45,6 +45,11 @@ class Source:
         found = [p for p in sorted(self.folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
         return [p for p in found if p.name != "config.json" and not p.name.endswith(_WEIGHT_FILES)]
 
+    def load(self) -> Any:
+        """The plain model. Its weights are mapped from the files: memory is taken by those that are used or changed."""
+        kind: Any = type(self.skeleton)
+        return kind.from_pretrained(self.folder, dtype=self.dtype)
+
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """FQN and value of every tensor of the model, one at a time.
 

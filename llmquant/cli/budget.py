@@ -3,81 +3,112 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from llmquant.cli.bench_plot import require_matplotlib
 from llmquant.cli.console import errors, progress_bar, size
 from llmquant.errors import CalibrationError, ConfigError, LlmQuantError
 
 if TYPE_CHECKING:
+    from llmquant.cli.calibrated import Reading
     from llmquant.config.base import QuantConfig
     from llmquant.config.fqn import FqnToConfig
     from llmquant.tune.mixture import Mixture
 
 
-def choose_config(
-    model: str,
-    bits: float,
-    schemes: str | None,
-    fixed: Mapping[str, Any],
-    *,
-    algorithm: str | None = None,
-    text: str | None = None,
-    tokens: int,
-    seed: int = 0,
-    dtype: str = "auto",
-    save_recipe: Path | None = None,
-    plot: Path | None = None,
-) -> FqnToConfig:
-    """The config of `--bits`; its recipe and its plot are written, and what was compared is told on stderr.
+@dataclass(frozen=True)
+class Budget:
+    """The options of `--bits`. It is false where there is none.
 
-    Args:
-        model: folder or hub id.
+    Attributes:
         bits: the most bits per quantized weight.
-        schemes: with commas; None is the usual ones.
-        fixed: what `--set` says.
-        algorithm: for all weights whose format has it; scores are taken with it where it needs no calibration run.
-        text, tokens, seed: what scores are taken on.
-        dtype: to compute in.
+        schemes: what to choose from, with commas; None is the usual ones.
         save_recipe, plot: files to write.
-
-    Raises:
-        BudgetError and what else `choose_mixture` raises.
     """
-    from llmquant.config.fqn import FqnToConfig
-    from llmquant.tune.budget import SCHEMES, choose_mixture
-    from llmquant.tune.scope import parse_schemes
 
-    if plot:
-        from llmquant.cli.bench_plot import require_matplotlib
+    bits: float | None
+    schemes: str | None = None
+    save_recipe: Path | None = None
+    plot: Path | None = None
 
-        require_matplotlib()
-    options = with_algorithm(list(parse_schemes(schemes or SCHEMES).values()), algorithm)
-    plain, tokenizer, folder = load_plain(model, dtype)
-    with progress_bar("Choosing") as progress:
-        found = choose_mixture(
-            plain,
-            bits,
-            options,
-            text or "builtin",
-            tokenizer=tokenizer,
-            fixed=FqnToConfig(fixed) if fixed else None,
-            tokens=tokens,
-            seed=seed,
-            progress=progress,
-        )
-    print_mixture(found)
-    if save_recipe:
-        write_text(found.to_yaml(folder.name), save_recipe)
-        errors.print(f"recipe: {save_recipe}", highlight=False, soft_wrap=True)
-    if plot:
-        from llmquant.cli.tune_plot import draw_scores
+    def __bool__(self) -> bool:
+        return self.bits is not None
 
-        draw_scores(found.scores, plot, found.chosen.schemes, title_of(found, folder.name))
-        errors.print(f"plot: {plot}", highlight=False, soft_wrap=True)
-    return found.config
+    def check(self, recipe: str | None, changed: bool) -> None:
+        """Raises `ConfigError` where options do not go together, before anything is loaded.
+
+        Args:
+            recipe: what `--recipe` says: it would say the same as a choice.
+            changed: whether the weights are to be changed before they are quantized.
+        """
+        lone = [name for name in ("schemes", "save_recipe", "plot") if getattr(self, name) is not None]
+        if lone and not self:
+            raise ConfigError(f"--{lone[0].replace('_', '-')} needs --bits", hint="for instance --bits 4.25")
+        if self and recipe is not None:
+            raise ConfigError(
+                "--bits chooses the scheme of every weight, and --recipe names it",
+                hint="keep one of them; --set fixes single weights beside --bits",
+            )
+        if self and changed:
+            raise ConfigError(
+                "--bits scores the weights as they are, not as --rotate, awq or smoothquant leave them",
+                hint="first --bits with --save-recipe FILE, then --recipe FILE with the others",
+            )
+
+    def choose(
+        self, model: str, fixed: Mapping[str, Any], algorithm: str | None, reading: Reading, dtype: str
+    ) -> FqnToConfig:
+        """The config; its recipe and its plot are written, and what was compared is told on stderr.
+
+        Args:
+            model: folder or hub id.
+            fixed: what `--set` says.
+            algorithm: for all weights whose format has it; scores are taken with it where it needs no calibration run.
+            reading: what scores are taken on.
+            dtype: to compute in.
+
+        Raises:
+            BudgetError and what else `choose_mixture` raises.
+        """
+        from llmquant.config.fqn import FqnToConfig
+        from llmquant.tune.budget import SCHEMES, choose_mixture
+        from llmquant.tune.scope import parse_schemes
+        from llmquant.tune.sensitivity import TOKENS
+
+        assert self.bits is not None
+        if self.plot:
+            require_matplotlib()
+        options = with_algorithm(list(parse_schemes(self.schemes or SCHEMES).values()), algorithm)
+        plain, tokenizer, folder = load_plain(model, dtype)
+        with progress_bar("Choosing") as progress:
+            found = choose_mixture(
+                plain,
+                self.bits,
+                options,
+                reading.text or "builtin",
+                tokenizer=tokenizer,
+                fixed=FqnToConfig(fixed) if fixed else None,
+                tokens=reading.tokens or TOKENS,
+                seed=reading.seed,
+                progress=progress,
+            )
+        print_mixture(found)
+        self._write(found, folder.name)
+        return found.config
+
+    def _write(self, found: Mixture, model: str) -> None:
+        if self.save_recipe:
+            write_text(found.to_yaml(model), self.save_recipe)
+            errors.print(f"recipe: {self.save_recipe}", highlight=False, soft_wrap=True)
+        if self.plot:
+            from llmquant.cli.tune_plot import draw_scores
+
+            draw_scores(found.scores, self.plot, found.chosen.schemes, title_of(found, model))
+            errors.print(f"plot: {self.plot}", highlight=False, soft_wrap=True)
 
 
 def with_algorithm(options: list[QuantConfig], algorithm: str | None) -> list[QuantConfig]:
@@ -101,17 +132,7 @@ def load_plain(model: str, dtype: str) -> tuple[Any, Any, Path]:
     source = open_source(model, parse_dtype(dtype))
     if source.config.get("is_encoder_decoder"):
         raise CalibrationError("an encoder and a decoder read two texts, of which there is one here", where=model)
-    kind: Any = type(source.skeleton)
-    return kind.from_pretrained(source.folder, dtype=source.dtype), load_tokenizer(source.folder), source.folder
-
-
-def check_alone(recipe: str | None) -> None:
-    """Raises `ConfigError` where a recipe and a budget would both say what each weight gets."""
-    if recipe is not None:
-        raise ConfigError(
-            "--bits chooses the scheme of every weight, and --recipe names it",
-            hint="keep one of them; --set fixes single weights beside --bits",
-        )
+    return source.load(), load_tokenizer(source.folder), source.folder
 
 
 def print_mixture(found: Mixture) -> None:

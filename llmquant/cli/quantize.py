@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from llmquant.cli.console import console, errors, progress_bar, size, write_json
+from llmquant.cli.console import console, errors, size, write_json
 from llmquant.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llmquant.calibrate.collect import Calibration
-    from llmquant.config.fqn import FqnToConfig
     from llmquant.quantize import QuantizationReport
 
 DEFAULT_RECIPE = "int4-g32"
@@ -52,17 +50,47 @@ def quantize(
         Path | None, typer.Option(help="Draw the scores and what --bits chose (.png, .svg, .pdf); llmquant[plot].")
     ] = None,
     algorithm: Annotated[
-        str | None, typer.Option(help="rtn (round to nearest) or search (the default: least-squares scales).")
+        str | None,
+        typer.Option(
+            help="How codes and scales are chosen: search (the default: least-squares scales), rtn (round to nearest), "
+            "or gptq (errors of a column are made up for by later ones; reads a text). awq and smoothquant scale "
+            "channels of the plain model by a text, then let search or, as in awq+gptq, another one choose."
+        ),
+    ] = None,
+    rotate: Annotated[
+        str | None,
+        typer.Option(
+            help="Turn the residual stream by a hadamard or a random matrix before anything else: the same function, "
+            "weights without outliers. Best with gptq; a tied head gets a weight of its own."
+        ),
+    ] = None,
+    rotate_seed: Annotated[int, typer.Option(help="Of that matrix.")] = 0,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            help="Weigh errors by how large the inputs of each column are. Read from this file if it is there; else "
+            "gathered from a text, and written to it for the next time."
+        ),
     ] = None,
     calib: Annotated[
         str | None,
         typer.Option(
-            help="Text that schemes with static activations (s8-, sf8-) are calibrated on: builtin (the default), "
+            help="Text that is read for gptq, --imatrix and static activations (s8-, sf8-): builtin (the default), "
             "wikitext2 (its train split), or the path of a text file."
         ),
     ] = None,
-    calib_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on, in windows of 512.")] = 8192,
+    calib_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of it to read, in windows of 512; by default 65536 for gptq, 8192 for the others."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Which windows of the text are taken.")] = 0,
+    observer: Annotated[
+        str | None,
+        typer.Option(
+            help="How the range of a static activation follows from what was seen: minmax (the default), average "
+            "(moving averages), channel, percentile (99.99; percentile-99.9 for another), histogram (least error)."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of what stays in float: auto, float32, bfloat16 or float16.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, for instance 500MB or 2GB.")] = "2GB",
@@ -72,8 +100,10 @@ def quantize(
 ) -> None:
     """Make a quantized copy of a model.
 
-    Works tensor by tensor: memory stays near the size of one shard, whatever the model's size. Only schemes with
-    static activations load the model first, to calibrate it.
+    Works tensor by tensor: memory stays near the size of one shard, whatever the model's size. Where a text is read
+    (gptq, --imatrix, static activations) the model runs first; gptq works block by block, keeps finished blocks in
+    OUT.partial, and goes on behind them if it was interrupted. --rotate, awq and smoothquant load the model too, and
+    need room on the disk for a plain copy of it beside the output while they run.
 
     Schemes: `none`, or a format with suffixes: `int1` to `int8`, `float8`, `float8-e5m2`, then `-g<size>`, `-row` or
     `-tensor` (float8 also `-b<size>`: square blocks), then `-sym` or `-asym`. For instance `int4-g64-asym`. In front
@@ -87,95 +117,38 @@ def quantize(
 
     * `llmquant quantize ./SmolLM2 -o ./SmolLM2-int4 --recipe int4-g32`
 
+    * `llmquant quantize ./m -o ./q --recipe int4-g64 --algorithm gptq --calib ./text.txt`
+
+    * `llmquant quantize ./m -o ./q --recipe int4-g64 --algorithm gptq --rotate hadamard`
+
     * `llmquant quantize ./m -o ./q --recipe int4-g64 --set _embedding=int8 --set 're:.*down_proj=int6-g32'`
 
     * `llmquant quantize ./m -o ./q --bits 4.25 --schemes int3-g64,int4-g64,int6-g64 --plot choice.png`
     """
     from llmquant.checkpoint.files import check_target
-    from llmquant.checkpoint.source import parse_dtype
-    from llmquant.checkpoint.stream import quantize_checkpoint
-    from llmquant.cli.budget import check_alone, choose_config
+    from llmquant.cli.budget import Budget
+    from llmquant.cli.calibrated import Calibrating, Reading
+    from llmquant.cli.prepared import Changes, split_algorithm
 
-    if bits is None:
-        config = build_config(recipe, set_ or [], algorithm)
+    migrate, algorithm = split_algorithm(algorithm)
+    budget, shard_bytes = Budget(bits, schemes, save_recipe, plot), parse_size(max_shard_size)
+    budget.check(recipe, changed=bool(rotate or migrate))
+    check_target(output, overwrite)  # before the long part
+    reading, changes = Reading(calib, calib_tokens, seed, observer), Changes(rotate, rotate_seed, migrate)
+    if budget:
+        config = budget.choose(model, parse_pairs(set_ or []), algorithm, reading, dtype)
     else:
-        check_alone(recipe)
-        check_target(output, overwrite)  # before the long part
-        config = choose_config(
-            model,
-            bits,
-            schemes,
-            parse_pairs(set_ or []),
-            algorithm=algorithm,
-            text=calib,
-            tokens=calib_tokens,
-            seed=seed,
-            dtype=dtype,
-            save_recipe=save_recipe,
-            plot=plot,
-        )
-    stats = None
-    if needs_calibration(config):
-        check_target(output, overwrite)  # before the long part
-        stats = calibrate(model, config, calib or "builtin", calib_tokens, seed, dtype)
-    elif calib is not None and bits is None:
-        raise ConfigError("no scheme here needs --calib: it is for static activations", hint="for instance s8-int8")
-    with progress_bar("Quantizing") as progress:
-        report = quantize_checkpoint(
-            model,
-            output,
-            config,
-            stats=stats,
-            dtype=parse_dtype(dtype),
-            overwrite=overwrite,
-            max_shard_bytes=parse_size(max_shard_size),
-            progress=progress,
-        )
+        config = build_config(recipe, set_ or [], algorithm)
+    with changes.applied(model, output, config, reading, imatrix, dtype) as plain:
+        work = Calibrating(plain, config, reading, imatrix, dtype, was_read=bool(migrate or budget))
+        write = work.by_blocks if work.needs_blocks else work.streamed
+        report = write(output, overwrite, shard_bytes)
     for warning in report.warnings:
         errors.print(f"[yellow]warning:[/] {warning}", highlight=False)
     if json:
-        write_json(report.to_dict(), json)
+        write_json(report.to_dict() | changes.reports, json)
     if not json or str(json) != "-":
         print_report(report, output)
-
-
-def needs_calibration(config: FqnToConfig) -> bool:
-    """Whether any scheme has a static activation."""
-    found = (getattr(value, "activation", None) for _, value in config.items())
-    return any(activation is not None and activation.static for activation in found)
-
-
-def calibrate(model: str, config: FqnToConfig, text: str, tokens: int, seed: int, dtype: str) -> Calibration | None:
-    """Loads the plain model, shows it a text, and lets go of it. None where no weight gets a static activation.
-
-    Raises:
-        CalibrationError: for a model that reads more than one text at a time.
-    """
-    from llmquant.calibrate.collect import collect_stats
-    from llmquant.calibrate.data import calibration_windows
-    from llmquant.checkpoint.source import open_source, parse_dtype
-    from llmquant.errors import CalibrationError
-    from llmquant.integrations.transformers import load_tokenizer
-    from llmquant.quantize import make_plan
-
-    source = open_source(model, parse_dtype(dtype))
-    if not make_plan(source.skeleton, config).calibrated:
-        return None
-    if source.config.get("is_encoder_decoder"):
-        raise CalibrationError(
-            "an encoder and a decoder read two texts, of which --calib has one",
-            where=model,
-            hint="in Python, llmquant.collect_stats with batches of your own and quantize_checkpoint(..., stats=stats)",
-        )
-    windows = calibration_windows(load_tokenizer(source.folder), text, tokens=tokens, seed=seed)
-    kind: Any = type(source.skeleton)
-    plain = kind.from_pretrained(source.folder, dtype=source.dtype)
-    with progress_bar("Calibrating") as progress:
-        found = collect_stats(plain, config, windows, progress=progress)
-    for warning in found.warnings:
-        errors.print(f"[yellow]warning:[/] {warning}", highlight=False)
-    errors.print(f"calibrated on {found.tokens} tokens of {text} (seed {seed})", highlight=False)
-    return found
 
 
 def build_config(recipe: str | None, pairs: list[str], algorithm: str | None) -> Any:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from llmquant.algorithms import Codes
+from llmquant.config.base import QuantConfig
+from llmquant.config.candidates import Candidate
 from llmquant.config.fqn import FqnToConfig
 from llmquant.config.recipe import to_config
 from llmquant.primitives.stats import InputStats
 from llmquant.quantize.plan import check_stats, make_plan
 from llmquant.quantize.report import QuantizationReport, report_weight
 from llmquant.quantize.weight import check_weight, quantize_weight
+from llmquant.tensor import QuantizedTensor
 
 Progress = Callable[[int, int, str], None]
 """Called with elements done, elements in all, and the FQN at work."""
@@ -42,41 +46,91 @@ def quantize_(
     Raises:
         ConfigError, NothingToQuantizeError, AlreadyQuantizedError, BadWeightError, CalibrationError.
     """
-    started = time.perf_counter()
-    resolved = to_config(config)
-    plan = make_plan(model, resolved, filter_fn)
-    check_stats(plan, stats)
-    for candidate, chosen in plan.chosen:
-        check_weight(model.get_parameter(candidate.name), chosen, candidate.name)
-    report = QuantizationReport(
-        skipped=plan.skipped(model), warnings=plan.resolution.warnings, bytes_before=_parameter_bytes(model)
-    )
-    total, done = sum(model.get_parameter(c.name).numel() for c, _ in plan.chosen), 0
-    for candidate, chosen in plan.chosen:
+    work = InPlace(model, config, filter_fn)
+    check_stats(work.plan, stats)
+    total, done = sum(model.get_parameter(c.name).numel() for c, _ in work.plan.chosen), 0
+    for candidate, chosen in work.plan.chosen:
         if progress:
             progress(done, total, candidate.name)
-        weight = model.get_parameter(candidate.name)
-        done += weight.numel()
-        found = stats.get(candidate.name) if stats else None
-        quantized = quantize_weight(weight.reshape(candidate.shape), chosen, found, transposed=candidate.transposed)
-        replace_weight(model, candidate.fqns, quantized)
-        report.quantized[candidate.name] = report_weight(candidate.fqns, quantized, chosen, weight.nbytes)
+        done += model.get_parameter(candidate.name).numel()
+        work.quantize(candidate, chosen, stats.get(candidate.name) if stats else None)
     if progress:
         progress(total, total, "")
-    report.bytes_after = _parameter_bytes(model)
-    report.seconds = time.perf_counter() - started
-    for callback in AFTER_QUANTIZE:
-        callback(model, resolved, report)
-    return report
+    return work.finish()
 
 
 AFTER_QUANTIZE: list[Callable[[nn.Module, FqnToConfig, QuantizationReport], None]] = []
 """Called after a model was quantized in place. Integrations register here."""
 
 
+class InPlace:
+    """A model on its way to being quantized, one weight after another, with a report of all.
+
+    Attributes:
+        plan: what is to be done. All checks that need no statistics are made before the first weight changes.
+        report: what was done so far.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: Any, filter_fn: Callable[[nn.Module, str], bool] | None = None
+    ) -> None:
+        self._started = time.perf_counter()
+        self._model, self._config = model, to_config(config)
+        self.plan = make_plan(model, self._config, filter_fn)
+        for candidate, chosen in self.plan.chosen:
+            check_weight(model.get_parameter(candidate.name), chosen, candidate.name)
+        self.report = QuantizationReport(
+            skipped=self.plan.skipped(model),
+            warnings=self.plan.resolution.warnings,
+            bytes_before=_parameter_bytes(model),
+        )
+
+    def quantize(
+        self,
+        candidate: Candidate,
+        config: QuantConfig,
+        stats: InputStats | None = None,
+        codes: Sequence[Codes] | None = None,
+    ) -> QuantizedTensor:
+        """Quantizes one weight as `quantize_weight` does, and puts it into the model."""
+        weight = self._model.get_parameter(candidate.name).reshape(candidate.shape)
+        quantized = quantize_weight(
+            weight,
+            config,
+            stats,
+            transposed=candidate.transposed,
+            codes=codes,
+            note=lambda text: self.warn(f"{candidate.name}: {text}"),
+        )
+        self.put(candidate, config, quantized)
+        return quantized
+
+    def put(self, candidate: Candidate, config: QuantConfig, quantized: QuantizedTensor) -> None:
+        """Puts a quantized weight into the model and into the report."""
+        before = self._model.get_parameter(candidate.name).nbytes
+        replace_weight(self._model, candidate.fqns, quantized)
+        self.report.quantized[candidate.name] = report_weight(candidate.fqns, quantized, config, before)
+
+    def warn(self, *warnings: str) -> None:
+        """Tells the user in the report."""
+        self.report.warnings += warnings
+
+    def finish(self) -> QuantizationReport:
+        """The report, after all weights."""
+        self.report.bytes_after = _parameter_bytes(self._model)
+        self.report.seconds = time.perf_counter() - self._started
+        for callback in AFTER_QUANTIZE:
+            callback(self._model, self._config, self.report)
+        return self.report
+
+
 def replace_weight(model: nn.Module, fqns: tuple[str, ...], weight: Tensor) -> None:
-    """Puts one parameter under all of its names, so that tied weights stay tied."""
-    parameter = nn.Parameter(weight, requires_grad=False)
+    """Puts one weight under all of its names, so that tied weights stay tied."""
+    put_parameter(model, fqns, nn.Parameter(weight, requires_grad=False))
+
+
+def put_parameter(model: nn.Module, fqns: tuple[str, ...], parameter: nn.Parameter) -> None:
+    """Puts one parameter under all of its names."""
     for fqn in fqns:
         path, _, name = fqn.rpartition(".")
         setattr(model.get_submodule(path), name, parameter)

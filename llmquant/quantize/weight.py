@@ -177,7 +177,7 @@ def _quantize_matrix(
             outer = into["row_scale"][start : start + step]
             part = part / outer.copy_(tensor_scale(part.abs().amax(-1, keepdim=True), spec))
         if shared is None:
-            codes, qparams = algorithm(part, _importance(part, stats), spec)
+            codes, qparams = algorithm(part, importance_of(part, stats), spec)
             _store(qparams, spec, into, slice(start // tall, (start + step) // tall))
         else:
             x = to_blocks(part, (part.shape[0], columns))
@@ -216,7 +216,7 @@ def _shared_qparams(matrix: Tensor, algorithm: Algorithm, spec: QuantSpec) -> QP
     return algorithm(x, importance, replace(spec, block=(1, x.shape[1]))).qparams
 
 
-def _importance(rows: Tensor, stats: Tensor | None) -> Tensor | None:
+def importance_of(rows: Tensor, stats: Tensor | None) -> Tensor | None:
     """Weights of squared errors, as llama.cpp's imatrix: E[a^2] of the column's input times sqrt(mean x^2 + x^2)."""
     if stats is None:
         return None

@@ -407,9 +407,12 @@ def _equal(func: Any, a: Tensor, b: Tensor) -> bool:
 
 @function(Tensor.data.__set__)  # type: ignore[attr-defined]
 def _set_data(target: Tensor, source: Tensor) -> None:
-    if not _same_kind(target, source) or target.dtype != source.dtype:
+    if not _same_kind(target, source):
         return unsupported("setting .data", target, source)
     assert isinstance(target, QuantizedTensor) and isinstance(source, QuantizedTensor)
+    if target.dtype != source.dtype:
+        with torch._C.DisableTorchFunctionSubclass():
+            torch.Tensor.data.__set__(target, source)  # type: ignore[attr-defined]  # the dtype, the parts follow
     for field, tensor in source.detach().parts():  # type: ignore[attr-defined]
         setattr(target, field.name, tensor)
     target._read_only = source._read_only

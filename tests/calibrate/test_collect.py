@@ -54,6 +54,31 @@ def test_the_range_is_that_of_all_inputs_by_hooks(folders: Folders) -> None:
         assert torch.equal(model.get_parameter(name).act_scale, (x.abs().max() / 127).reshape(1, 1))
 
 
+def test_observers_go_by_name_and_know_what_the_range_is_for(folders: Folders) -> None:
+    """One model, two dtypes of activations: each weight's observer is told of its own."""
+    model, ids = load(folders("mixtral")), [tokens(4)]
+    config = {"re:.*q_proj": "sf8-float8", "_experts": "s8-int4-g16", "_default": "s8-asym-int8"}
+    found = {
+        name: collect_stats(model, config, ids, observer=name)
+        for name in ("minmax", "channel", "histogram", "average", "percentile-90")
+    }
+    for name, whole in found["minmax"].items():
+        assert torch.equal(found["channel"][name].high, whole.high) and torch.equal(
+            found["average"][name].low, whole.low
+        )
+        for observer in ("histogram", "percentile-90"):
+            narrow = found[observer][name]
+            span = torch.maximum(whole.low.abs(), whole.high.abs())
+            assert torch.all(torch.maximum(narrow.low.abs(), narrow.high.abs()) <= span)
+    ranges = torch.stack([torch.stack([s.low, s.high]) for s in found["percentile-90"].values() if s.low.dim() == 0])
+    assert not torch.equal(ranges[:, 0], -ranges[:, 1])
+    query = found["histogram"]["model.layers.0.self_attn.q_proj.weight"]
+    key = found["histogram"]["model.layers.0.self_attn.k_proj.weight"]
+    assert query.low == -query.high and key.low != -key.high
+    with pytest.raises(ConfigError, match="histogram"):
+        collect_stats(model, config, ids, observer="histo-gram")
+
+
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "jetmoe"])
 def test_logits_are_as_close_as_with_dynamic_scales(family: str, folders: Folders) -> None:
     """JetMoE's routers choose others under the smallest noise, whatever makes it."""

@@ -286,6 +286,7 @@ def test_calibration_follows_text_count_and_seed(plain: Path, tmp_path: Path) ->
         "seed": ["--calib", text, "--calib-tokens", "600", "--seed", "2"],
         "count": ["--calib", text, "--calib-tokens", "4000", "--seed", "1"],
         "text": ["--calib", "builtin", "--calib-tokens", "600", "--seed", "1"],
+        "observer": ["--calib", text, "--calib-tokens", "600", "--seed", "1", "--observer", "percentile-99"],
     }
     scales, told = {}, {}
     for name, chosen in options.items():
@@ -295,6 +296,7 @@ def test_calibration_follows_text_count_and_seed(plain: Path, tmp_path: Path) ->
         scales[name] = torch.cat([p.act_scale.flatten() for p in model.parameters() if hasattr(p, "act_scale")])
     assert torch.equal(scales["one"], scales["same"]) and torch.all(scales["count"] >= scales["one"])
     assert all(not torch.equal(scales["one"], scales[name]) for name in ("seed", "count", "text"))
+    assert torch.all(scales["observer"] < scales["one"])
     assert "calibrated on 1024 tokens" in told["one"] and "(seed 1)" in told["one"]
     assert "calibrated on 3584 tokens" in told["count"]  # whole windows of 512
 
@@ -302,11 +304,13 @@ def test_calibration_follows_text_count_and_seed(plain: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--recipe", "int8", "--calib", "builtin"], "no scheme here needs --calib"),
+        (["--recipe", "int8", "--calib", "builtin"], "nothing here needs --calib"),
+        (["--recipe", "int8", "--observer", "histogram"], "nothing here needs --observer"),
+        (["--recipe", "s8-int8", "--observer", "histgram"], "histogram"),
         (["--recipe", "s8-int8", "--calib", "no/such/file"], "cannot be read"),
         (["--recipe", "s8-int8", "--calib-tokens", "0"], "none to calibrate on"),
     ],
-    ids=["not needed", "no text", "no tokens"],
+    ids=["not needed", "observer not needed", "unknown observer", "no text", "no tokens"],
 )
 def test_what_cannot_be_calibrated_is_explained(plain: Path, tmp_path: Path, options: list[str], message: str) -> None:
     status, _, told = run("quantize", plain, "-o", tmp_path / "q", *options)

@@ -55,9 +55,17 @@ uint32_t code_at(const uint8_t* row, int bits, int64_t i) {
 
 double scale_at(const Matrix& w, int64_t row, int64_t k) { return load_scale(w, row / w.shared, k / w.group); }
 
+// Of 2:4 sparse codes: five bytes for eight columns, the places of two fours and then two codes of each.
+uint32_t sparse_code_at(const uint8_t* row, int64_t k) {
+    const uint8_t* unit = row + k / 8 * 5;
+    const int64_t places = unit[0] >> k % 8 / 4 * 4, first = 1 + k % 8 / 4 * 2;
+    return (places & 3) == k % 4 ? unit[first] : (places >> 2 & 3) == k % 4 ? unit[first + 1] : 0;
+}
+
 double value_at(const Matrix& w, int64_t row, int64_t k) {
     const int64_t g = k / w.group;
-    const uint32_t code = code_at(w.qdata + row * w.row_bytes, w.bits, k);
+    const uint8_t* data = w.qdata + row * w.row_bytes;
+    const uint32_t code = w.sparse ? sparse_code_at(data, k) : code_at(data, w.bits, k);
     const double scale = scale_at(w, row, k);
     if (w.table) return w.table[code] * scale;
     const double zero = w.zero_point ? code_at(w.zero_point + row / w.shared * zero_bytes(w), w.bits, g) : w.midpoint;
@@ -138,6 +146,14 @@ bool run_rounding() {
     return true;
 }
 
+// Places of two columns of every four, the first one the lower.
+void place_codes(const Matrix& w, uint8_t* qdata) {
+    const int places[] = {0x4, 0x8, 0xc, 0x9, 0xd, 0xe};
+    for (int64_t i = 0; i < w.rows; ++i)
+        for (int64_t at = 0; at < w.row_bytes; at += 5)
+            qdata[i * w.row_bytes + at] = static_cast<uint8_t>(places[pick(0, 5)] | places[pick(0, 5)] << 4);
+}
+
 bool run_case(const std::vector<std::string>& names, const std::vector<int32_t>& which) {
     const bool big = pick(0, 9) == 0;
     Matrix w{};
@@ -146,10 +162,12 @@ bool run_case(const std::vector<std::string>& names, const std::vector<int32_t>&
     w.columns = pick(1, big ? 2000 : 300);
     const int64_t steps[] = {1, 4, 8, 32, 64};
     const int64_t unit = steps[pick(0, 4)];
-    w.group = pick(0, 4) == 0 ? w.columns : std::min(w.columns, unit * pick(1, 6));
-    w.groups = (w.columns + w.group - 1) / w.group;
-    w.row_bytes = (w.columns * w.bits + 7) / 8;
     const bool table = w.bits % 2 == 0 && w.bits >= 4 && pick(0, 1), shared = pick(0, 3) == 0;
+    w.sparse = table && w.bits == 8 && pick(0, 1);
+    w.group = w.sparse || pick(0, 4) == 0 ? w.columns : std::min(w.columns, unit * pick(1, 6));
+    w.groups = (w.columns + w.group - 1) / w.group;
+    const int64_t fours = (w.columns + 3) / 4;
+    w.row_bytes = w.sparse ? 2 * fours + (fours + 1) / 2 : (w.columns * w.bits + 7) / 8;
     const bool zeros = !table && pick(0, 1);
     w.shared = shared ? pick(1, w.rows) : 1;
     const int64_t scale_rows = (w.rows + w.shared - 1) / w.shared;
@@ -158,6 +176,7 @@ bool run_case(const std::vector<std::string>& names, const std::vector<int32_t>&
     Guarded qdata(w.rows * w.row_bytes), scale(scale_rows * w.groups * scale_bytes(w));
     Guarded points(zeros ? scale_rows * zero_bytes(w) : 0), values(256 * 4);
     for (size_t i = 0; i < qdata.size; ++i) qdata.data[i] = static_cast<uint8_t>(random_bits());
+    if (w.sparse) place_codes(w, qdata.data);
     for (size_t i = 0; i < points.size; ++i) points.data[i] = static_cast<uint8_t>(random_bits());
     for (int64_t i = 0; i < scale_rows * w.groups; ++i) store_scale(w, scale.data, i);
     w.outer_step = pick(0, 1);
@@ -202,7 +221,7 @@ bool run_case(const std::vector<std::string>& names, const std::vector<int32_t>&
         char text[300];
         std::snprintf(text, sizeof text,
                       "%s: int%d%s %lld x %lld, group %lld, %s%s%s, scale type %d, %lld inputs of type %d, activation %d in %lld",
-                      names[n].c_str(), w.bits, table ? w.exact ? " exact table" : " table" : "", (long long)w.rows, (long long)w.columns,
+                      names[n].c_str(), w.bits, w.sparse ? " sparse" : table ? w.exact ? " exact table" : " table" : "", (long long)w.rows, (long long)w.columns,
                       (long long)w.group, zeros ? "asymmetric" : "symmetric", shared ? ", rows share" : "", w.outer ? ", outer" : "", w.scale_type,
                       (long long)count, type, activation, (long long)group);
         at.text = text;

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -36,6 +38,7 @@ SCHEMES = [
     *("mxfp4", "mxfp6-e2m3", "mxfp6-e3m2", "mxfp8", "mxfp8-e5m2", "nvfp4", "nf4", "nf4-single"),
     *("nf4-g12", "nf4-g48", "nf4-single-g128", "int4-g48-asym"),
     *("float8-b128", "float8-b16x48", "float8-b16x32"),
+    "float8-2x4",
 ]
 ONE_BYTE = ["mxfp4", "mxfp6-e2m3", "nvfp4", "mxfp6-e3m2", "nf4", "mxfp8"]  # scales, some with an outer one
 ACTIVATIONS = [Activation(group, asymmetric) for group in (0, 20, 32, 256) for asymmetric in (False, True)]
@@ -373,6 +376,21 @@ def test_torch_multiplies_panels_where_that_is_faster(
 def test_a_served_weight_says_so(backend: str, scheme: str) -> None:
     kernel = weight_of(scheme, 8, 64).kernel().kernel
     assert list(cpu.BACKENDS).index(kernel) <= list(cpu.BACKENDS).index(backend)
+
+
+def test_threads_that_meet_at_a_new_weight_share_one_view_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another view would be gone while native code still reads it."""
+    weight, meeting, made = weight_of("int4-g32", 8, 64).packed(), Barrier(2, timeout=30), cpu.NativeMatrix
+
+    def make_together(packed: Packed) -> cpu.NativeMatrix:
+        view = made(packed)
+        meeting.wait()  # both threads have found none
+        return view
+
+    monkeypatch.setattr(cpu, "NativeMatrix", make_together)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(cpu.matrix_of, [weight, weight])
+    assert one is other is cpu.matrix_of(weight)
 
 
 def test_unknown_backends_are_refused() -> None:

@@ -37,7 +37,7 @@ def _weight() -> registry.Packed:
 @pytest.mark.slow
 def test_the_kernel_is_right_in_the_interpreter() -> None:
     needs_triton()
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "test_triton_interpreted.py"]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "test_triton_interpreted.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=HERE, capture_output=True, text=True, env=environment)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]

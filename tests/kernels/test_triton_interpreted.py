@@ -28,8 +28,15 @@ pytest.importorskip("triton")
 # SQNR against float64: rounding the output, and for 16-bit inputs the weights too (see `rounded`); no more, no less.
 BOUNDS = {torch.float32: (122, 170), torch.float16: (66, 85), torch.bfloat16: (44, 60)}
 SHAPES = ((33, 100), (70, 136), (2, 65), (1, 1))
-every_case = pytest.mark.parametrize("case", ALL_CASES, ids=str)
-every_format = pytest.mark.parametrize("case", ONE_PER_FORMAT, ids=str)
+
+
+def served(cases: list[Case]) -> list[Case]:
+    """Those that the kernel does not refuse."""
+    return [c for c in cases if TRITON.refusal(c.format.name, c.config.spec(8, 64).block, 64, "cpu") is None]
+
+
+every_case = pytest.mark.parametrize("case", served(ALL_CASES), ids=str)
+every_format = pytest.mark.parametrize("case", served(ONE_PER_FORMAT), ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -120,9 +127,11 @@ def before_a_forbidden_page(tensor: Tensor) -> Tensor:
 def test_the_kernel_stays_in_its_memory(case: Case) -> None:
     for rows, columns in ((33, 100), (5, 3)):
         weight = packed(case, rows, columns)
-        fields = (None if t is None else before_a_forbidden_page(t) for t in weight[:3])
+        parts = {"qdata": weight.qdata, "scale": weight.scale, "zero_point": weight.zero_point}
+        moved = weight._replace(**{n: None if t is None else before_a_forbidden_page(t) for n, t in parts.items()})
+        moved.outer = None if weight.outer is None else before_a_forbidden_page(weight.outer)
         x, bias = before_a_forbidden_page(torch.randn(17, columns)), before_a_forbidden_page(torch.randn(rows))
-        found = TRITON.linear(x, Packed(*fields, *weight[3:]), bias)
+        found = TRITON.linear(x, moved, bias)
         torch.testing.assert_close(found, reference.linear(x, weight, bias))
 
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import ALL_CASES, DTYPES, ONE_PER_FORMAT, Case, make_weight
 from layouts import LAYOUTS, Layout
 from torch import Tensor, nn
@@ -344,3 +345,15 @@ def test_splitting_many_times_leaves_the_source_alone() -> None:
         assert not torch.equal(first, second)
         torch.cat([first, second])
     assert torch.equal(weight.dequantize(), before)
+
+
+@every_format
+def test_setting_data_of_another_dtype_changes_the_dtype_in_place(case: Case) -> None:
+    """As tools do that train adapters in float32 on a model of 16 bits."""
+    weight = nn.Parameter(case.quantize(make_weight((6, 70), torch.bfloat16)), requires_grad=False)
+    plain = weight.dequantize(torch.float32)
+    weight.data = weight.data.to(torch.float32)
+    assert weight.dtype == weight.data.dtype == torch.float32 and isinstance(weight, nn.Parameter)
+    assert torch.equal(weight.dequantize(), plain)
+    assert F.linear(torch.ones(2, 70), weight).dtype == torch.float32
+    assert copy.deepcopy(weight).dtype == torch.float32 and "float32" in repr(weight)

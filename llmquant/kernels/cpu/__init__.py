@@ -19,6 +19,7 @@ from llmquant.primitives.dynamic import Activation, StaticScale, dequantize_acti
 from llmquant.primitives.spec import QParams
 
 _PANEL_ELEMENTS = 2**20
+_TABLES = ("scaled", "semisparse")  # kinds of storage whose codes stand for the numbers of a table
 
 
 class Traits(NamedTuple):
@@ -84,12 +85,12 @@ class Native:
         if self.missing:
             return self.missing
         fmt = get_format(format_name)
-        if fmt.storage not in ("affine", "scaled"):
+        if fmt.storage not in ("affine", *_TABLES):
             return f"there is no native kernel for {format_name}"
         step = self.traits.step
         if self.traits.plain or step is None:
             return None
-        if fmt.storage == "scaled":
+        if fmt.storage in _TABLES:
             step = 16 if fmt.bits == 8 else 4
         if block[1] % step and block[1] < columns:
             return f"group {block[1]} is not a multiple of {step}"
@@ -169,10 +170,13 @@ class Native:
         """The same with x in int8 codes (see `primitives.dynamic`): integer products, float32 scaling.
 
         Tiles (many bfloat16 inputs) take code x scale and the weights as the nearest bfloat16. Weights whose numbers
-        are no few integers (float8, nf4) meet what the activation's codes stand for.
+        are no few integers (float8, nf4) meet what the activation's codes stand for, where many bfloat16 inputs are
+        those that are nearest to it.
         """
         if not _are_integers(weight.format) or x.dtype not in library.FLOAT_TYPES:
             seen = dequantize_activation(quantize_activation(x, activation, static), activation)
+            if x.dtype == torch.bfloat16 and seen.numel() > _FEW * weight.columns:
+                seen = seen.to(x.dtype)
             return self.linear(seen, weight, bias).to(x.dtype)
         kind, group = 2 if activation.asymmetric else 1, activation.width(weight.columns)
         return self._linear(x, weight, bias, kind, group, static)
@@ -238,8 +242,8 @@ class NativeMatrix:
         qdata, scale = weight.qdata.contiguous(), scale.contiguous()
         zero_point = None if weight.zero_point is None else weight.zero_point.contiguous()
         outer = None if weight.outer is None else weight.outer.contiguous()
-        table = _table(weight.format) if fmt.storage == "scaled" else None
-        self.integers = _integers(weight.format) if fmt.storage == "scaled" else None
+        table = _table(weight.format) if fmt.storage in _TABLES else None
+        self.integers = _integers(weight.format) if fmt.storage in _TABLES else None
         codes = self.integers.codes if self.integers else None
         self.tensors = (qdata, scale, zero_point, table, codes, outer)
         *first, codes_at, outer_at = (None if t is None else t.data_ptr() for t in self.tensors)
@@ -259,16 +263,18 @@ class NativeMatrix:
             outer_at,
             0 if outer is None or len(outer) == 1 else 1,
             int(self.integers is not None and self.integers.exact),
+            int(fmt.storage == "semisparse"),
         )
         self.address = ctypes.addressof(self.matrix)
 
 
 def matrix_of(weight: Packed) -> NativeMatrix:
-    """The C view of a matrix, made once for each `Packed`."""
-    found = weight.__dict__.get("native")
-    if found is None:
-        found = weight.__dict__["native"] = NativeMatrix(weight)
-    return found
+    """The C view of a matrix, made once for each `Packed`, which keeps it alive.
+
+    Threads that meet at a new weight all get the one that is kept: another would be gone while native code reads it.
+    """
+    kept = weight.__dict__
+    return kept.get("native") or kept.setdefault("native", NativeMatrix(weight))
 
 
 @functools.cache

@@ -35,6 +35,7 @@ class Matrix(ctypes.Structure):
         ("outer", c_void_p),
         ("outer_step", c_int64),
         ("exact", c_int32),
+        ("sparse", c_int32),
     )
 
 

@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #include "panel.h"
+#include "tile_inputs.h"
 
 bool fits_int8_tiles(const Matrix& w, const Inputs& in);
 void int8_tile_linear(const Matrix& w, const Inputs& in);
@@ -30,153 +31,12 @@ namespace {
 // tokens lie in the second-level cache, a pair of tiles of tokens in the first.
 constexpr int64_t PANEL = 256, LENGTH[] = {16, 4};
 constexpr int64_t MOST_PACKED = 16 << 20;    // bytes of inputs that are packed at a time
-constexpr float TINY = 0x1p-64f;             // parts of a token with no larger input may come to nothing
-// Inputs from which tiles are faster than vectors: float32, float16, bfloat16; int8 codes; int8 codes that become
-// bfloat16.
-constexpr int64_t FEWEST_PLAIN[] = {8, 10, 10}, FEWEST_CODES = 6, FEWEST_MIXED = 20;
-
-// Where 16 even ones and 16 odd ones stand when they take turns.
-alignas(64) constexpr uint16_t IN_TURN[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-
-int input_parts(const Inputs& in) { return in.type == FLOAT_F32 ? 3 : in.type == FLOAT_F16 ? 2 : 1; }
-
-// 32 inputs of a token as bfloat16, zero behind its end.
-INLINE __m512i load_bfloats(const uint16_t* x, int64_t left) {
-    const __mmask32 present = left >= 32 ? ~0u : (1u << (left > 0 ? left : 0)) - 1;
-    return _mm512_maskz_loadu_epi16(present, x);
-}
-
-// The largest of 32 magnitudes, as bits of bfloat16.
-TARGET inline uint32_t largest_magnitude(__m512i magnitudes) {
-    const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(magnitudes), _mm512_extracti64x4_epi64(magnitudes, 1));
-    const __m128i quarter = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    const __m128i least = _mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi32(-1)));
-    return static_cast<uint16_t>(~_mm_cvtsi128_si32(least));
-}
-
-// Symmetric codes of two vectors: quotients rounded as `nearest_quotients` has them, at most 127.
-TILES inline void round_quotients(__m512 x[2], const Divisor& by) {
-    const __m512 middle = _mm512_set1_ps(0x1.8p23f);  // a sum with it has no bits below 1
-    const __m512 q[2] = {_mm512_mul_ps(x[0], by.inverse), _mm512_mul_ps(x[1], by.inverse)};
-    __m512 near[2], off[2];
-    for (int i = 0; i < 2; ++i) {
-        near[i] = _mm512_sub_ps(_mm512_add_ps(q[i], middle), middle);
-        off[i] = _mm512_abs_ps(_mm512_sub_ps(q[i], near[i]));
-    }
-    const bool sure =
-        _mm512_cmp_ps_mask(_mm512_max_ps(off[0], off[1]), _mm512_set1_ps(SURE), _CMP_LT_OQ) == 0xffff;
-    const __m512 top = _mm512_set1_ps(127.f), bottom = _mm512_set1_ps(-127.f);
-    for (int i = 0; i < 2; ++i) {
-        if (!sure) near[i] = _mm512_roundscale_ps(_mm512_div_ps(x[i], by.value), _MM_FROUND_TO_NEAREST_INT);
-        x[i] = _mm512_max_ps(_mm512_min_ps(near[i], top), bottom);
-    }
-}
-
-// `quantize_group` of symmetric bfloat16 inputs, decoded again and rounded to bfloat16.
-TILES void decode_symmetric(const Inputs& in, int64_t at, int64_t count, uint16_t* out) {
-    const uint16_t* x = static_cast<const uint16_t*>(in.x) + at;
-    const __m512i magnitude = _mm512_set1_epi16(0x7fff), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-    const __m512i in_turn = _mm512_load_si512(IN_TURN);
-    __m512i largest = _mm512_setzero_si512();
-    for (int64_t k = 0; k < count; k += WIDTH) {
-        _mm_prefetch(x + k + 512, _MM_HINT_T0);
-        largest = _mm512_max_epu16(largest, _mm512_and_si512(load_bfloats(x + k, count - k), magnitude));
-    }
-    const uint32_t top = largest_magnitude(largest);
-    const bool finite = top < 0x7f80;
-    const float scale = finite ? activation_scale(in, 0.f, float_of(top << 16)) : std::numeric_limits<float>::quiet_NaN();
-    const Divisor divisor = make_divisor(scale > 0 ? scale : 1.f);
-    const __m512 factor = _mm512_set1_ps(scale);
-    for (int64_t k = 0; k < count; k += WIDTH) {
-        const __m512i both = load_bfloats(x + k, count - k);
-        __m512 codes[2] = {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
-                           _mm512_castsi512_ps(_mm512_and_si512(both, upper))};
-        round_quotients(codes, divisor);
-        const __m512i values = reinterpret_cast<__m512i>(
-            _mm512_cvtne2ps_pbh(_mm512_mul_ps(codes[1], factor), _mm512_mul_ps(codes[0], factor)));
-        const __mmask32 present = count - k >= WIDTH ? ~0u : (1u << (count - k)) - 1;
-        _mm512_mask_storeu_epi16(out + k, present, _mm512_permutexvar_epi16(in_turn, values));
-    }
-}
-
-// The token's int8 activations, decoded again and rounded to bfloat16.
-TILES void decode_activations(const Inputs& in, int64_t token, int64_t columns, uint16_t* out) {
-    int32_t* codes = scratch<int32_t>(3, in.group + 16);
-    for (int64_t start = 0; start < columns; start += in.group) {
-        const int64_t at = token * columns + start, count = start + in.group < columns ? in.group : columns - start;
-        if (in.activation == SYMMETRIC) {
-            decode_symmetric(in, at, count, out + start);
-            continue;
-        }
-        const __m512 scale = _mm512_set1_ps(quantize_group(in, at, count, codes));
-        for (int64_t k = 0; k < count; k += 16)
-            store_floats(out, start + k, FLOAT_BF16, first_lanes(count - k),
-                         _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(codes + k)), scale));
-    }
-}
-
-// Where inputs lie as tiles: [pieces of columns, tiles of tokens, chunks of a piece, IN], so that a piece of all tokens
-// is read from one end to the other.
-struct Packed {
-    uint8_t* data;
-    int64_t tokens, chunks, depth, parts;  // tiles of tokens, chunks of the columns and of a piece, IN
-
-    int64_t chunks_from(int64_t piece) const { return chunks - piece < depth ? chunks - piece : depth; }
-    uint8_t* at(int64_t token_tile, int64_t chunk) const {
-        const int64_t piece = chunk / depth * depth;
-        return data + (piece * tokens + token_tile * chunks_from(piece) + chunk - piece) * parts * TILE_BYTES;
-    }
-};
-
-// Tokens `first` .. `first` + 15 of bfloat16 inputs as tiles of 16 column pairs x 16 tokens.
-TILES void pack_bfloats(const Matrix& w, const Inputs& in, int64_t first, const Packed& packed) {
-    const uint16_t* rows[TILE];
-    uint16_t* decoded = in.activation == PLAIN ? nullptr : scratch<uint16_t>(4, TILE * w.columns);
-    const int64_t count = in.count - first < TILE ? in.count - first : TILE;
-    for (int64_t i = 0; i < count; ++i) {
-        rows[i] = static_cast<const uint16_t*>(in.x) + (first + i) * w.columns;
-        if (!decoded) continue;
-        decode_activations(in, first + i, w.columns, decoded + i * w.columns);
-        rows[i] = decoded + i * w.columns;
-    }
-    for (int64_t k = 0; k < w.columns; k += WIDTH) {
-        __m512i v[TILE];
-        for (int64_t i = 0; i < TILE; ++i)
-            v[i] = i < count ? load_bfloats(rows[i] + k, w.columns - k) : _mm512_setzero_si512();
-        transpose(v);
-        uint8_t* out = packed.at(first / TILE, k / WIDTH);
-        for (int64_t i = 0; i < TILE; ++i) _mm512_store_si512(out + 64 * i, v[i]);
-    }
-}
-
-// The same of wider inputs, in IN parts. `plain[token]` becomes whether the plain kernel should take a token.
-template <int IN>
-TILES void pack_parts(const Matrix& w, const Inputs& in, int64_t first, const Packed& packed, uint8_t* plain) {
-    const int64_t count = in.count - first < TILE ? in.count - first : TILE;
-    __m512 largest[TILE] = {};
-    for (int64_t k = 0; k < w.columns; k += WIDTH) {
-        const __mmask16 low = first_lanes(w.columns - k), high = first_lanes(w.columns - k - 16);
-        Numbers x[TILE] = {};
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t at = (first + i) * w.columns + k;
-            x[i].low = load_floats(in.x, at, in.type, low);
-            if (high) x[i].high = load_floats(in.x, at + 16, in.type, high);
-            largest[i] = _mm512_max_ps(largest[i], _mm512_max_ps(_mm512_abs_ps(x[i].low), _mm512_abs_ps(x[i].high)));
-        }
-        uint8_t* out = packed.at(first / TILE, k / WIDTH);
-        for (int part = 0; part < IN; ++part, out += TILE_BYTES) {
-            __m512i v[TILE];
-            for (int64_t i = 0; i < TILE; ++i) v[i] = x[i].take_part(part, IN);
-            transpose(v);
-            for (int64_t i = 0; i < TILE; ++i) _mm512_store_si512(out + 64 * i, v[i]);
-        }
-    }
-    for (int64_t i = 0; i < count; ++i) {
-        const float top = _mm512_reduce_max_ps(largest[i]);
-        plain[first + i] = top > 0 && top <= TINY;
-    }
-}
+// Inputs from which tiles are faster than vectors, timed at 4096 x 4096 on one thread. Of plain inputs, by their type
+// (float32, float16, bfloat16): for codes of up to five bits and tables that integers stand for, for wider codes, for
+// tables that integers are just near to (nf4), and for those of bytes, which vectors multiply as float32.
+constexpr int64_t FEWEST_PLAIN[] = {12, 16, 10}, FEWEST_WIDE[] = {18, 16, 12}, FEWEST_NEAR[] = {12, 12, 6}, FEWEST_BYTES = 5;
+// Of int8 codes: as they are; as bfloat16, symmetric ones (one plane in vectors) and asymmetric ones.
+constexpr int64_t FEWEST_CODES = 6, FEWEST_SYMMETRIC = 16, FEWEST_ASYMMETRIC = 10;
 
 // Up to four tiles of sums: one or two tiles of rows against one or two of tokens, over a piece's chunks. The tiles may
 // still hold the sums of the block before, which go to `before`. Meanwhile `lines` cache lines a chunk are fetched.
@@ -334,14 +194,24 @@ TILES void multiply_piece(const Packed& packed, int64_t chunk, const uint8_t* de
     store_sums(held, tokens * 256, tall, wide);
 }
 
+// How many times longer than LENGTH pieces are, and how many times fewer their rows: memory serves long pieces of rows
+// faster, but two tiles of tokens should stay in the first-level cache unless there are no others.
+int64_t choose_stretch(const Matrix& w, int input_parts, int64_t tokens) {
+    constexpr int64_t LONG = 512, MOST = 4;  // bytes of a row
+    int64_t stretch = 1;
+    while (tokens <= 2 && stretch < MOST && stretch * bytes_before(w, LENGTH[input_parts > 1] * WIDTH) < LONG) stretch *= 2;
+    return stretch;
+}
+
 TILES void tile_linear(const Matrix& w, const Inputs& in) {
     const int IN = input_parts(in);
     const int64_t threads = omp_get_max_threads();
     const int64_t chunks = (w.columns + WIDTH - 1) / WIDTH, tokens = (in.count + TILE - 1) / TILE;
-    const int64_t share = (w.rows + threads - 1) / threads, panels = (share + PANEL - 1) / PANEL;  // a thread
+    const int64_t stretch = choose_stretch(w, IN, tokens), most_rows = PANEL / stretch;
+    const int64_t share = (w.rows + threads - 1) / threads, panels = (share + most_rows - 1) / most_rows;  // a thread
     const int64_t panel = (share + 2 * TILE * panels - 1) / (2 * TILE * panels) * (2 * TILE);
     // Pieces of about LENGTH chunks, all of one length but the last, and an even one, as codes are cut 64 at a time.
-    const int64_t about = LENGTH[IN > 1], pieces = chunks > about ? (chunks + about / 2) / about : 1;
+    const int64_t about = stretch * LENGTH[IN > 1], pieces = chunks > about ? (chunks + about / 2) / about : 1;
     const int64_t length = (chunks + 2 * pieces - 1) / (2 * pieces) * 2, depth = length * WIDTH;
     const Packed packed = {scratch<uint8_t>(0, tokens * chunks * IN * TILE_BYTES), tokens, chunks, length, IN};
     uint8_t* plain = scratch<uint8_t>(6, tokens * TILE);  // tokens that are left to the plain kernel
@@ -380,12 +250,17 @@ int64_t most_tokens(const Matrix& w, const Inputs& in) {
     return count > 2 * TILE ? count : 2 * TILE;
 }
 
+int64_t fewest_inputs(const Matrix& w, const Inputs& in) {
+    if (in.activation != PLAIN) return in.activation == SYMMETRIC ? FEWEST_SYMMETRIC : FEWEST_ASYMMETRIC;
+    if (w.table && w.bits == 8) return FEWEST_BYTES;
+    if (w.table && !w.exact) return FEWEST_NEAR[in.type];
+    return w.bits > 5 && !w.table ? FEWEST_WIDE[in.type] : FEWEST_PLAIN[in.type];
+}
+
 void linear(const Matrix& w, const Inputs& in) {
     if (in.count >= FEWEST_CODES && fits_int8_tiles(w, in)) return in_parts(w, in, most_tokens(w, in), int8_tile_linear);
-    const bool plain = in.activation == PLAIN, wide = w.bits > 5 && !w.table;
-    const int64_t fewest = plain && !wide ? FEWEST_PLAIN[in.type] : FEWEST_MIXED;
-    const bool many = in.count >= fewest;
-    if (!many || (in.type != FLOAT_BF16 && !plain)) return VNNI.linear(w, in);
+    const bool fits = in.type == FLOAT_BF16 || in.activation == PLAIN;
+    if (!fits || in.count < fewest_inputs(w, in)) return VNNI.linear(w, in);
     in_parts(w, in, most_tokens(w, in), tile_linear);
 }
 

@@ -12,7 +12,7 @@ struct Decoder {
     const uint8_t* data;
 
     TARGET Decoder(const Matrix& matrix, const Groups& read, int64_t row)
-        : w(matrix), groups(read), cutter(make_cutter(matrix.bits)), data(matrix.qdata + row * matrix.row_bytes) {}
+        : w(matrix), groups(read), cutter(make_cutter(matrix)), data(matrix.qdata + row * matrix.row_bytes) {}
 
     __attribute__((always_inline)) TARGET inline __m512i codes(int64_t c) const {
         return codes_of(data, w.row_bytes, c, cutter);

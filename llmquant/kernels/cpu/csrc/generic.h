@@ -34,6 +34,17 @@ void unpack(int bits, const uint8_t* row, int64_t row_bytes, int64_t count, uint
     }
 }
 
+// The same of 2:4 sparse codes; see packing/sparse24.py.
+void unpack_sparse(const uint8_t* row, int64_t count, uint8_t* codes) {
+    for (int64_t k = 0; k < count; k += 4) {
+        const uint8_t *unit = row + k / 8 * 5, *kept = unit + 1 + k % 8 / 2;
+        const int places = unit[0] >> k % 8;
+        std::memset(codes + k, 0, 4);
+        codes[k + (places & 3)] = kept[0];
+        codes[k + (places >> 2 & 3)] = kept[1];
+    }
+}
+
 // A row's codes, and the scale and zero of each of its groups.
 struct Row {
     uint8_t *codes, *zeros;
@@ -45,7 +56,9 @@ struct Row {
 
 Row read_row(const Matrix& w, int64_t row) {
     const Row found = {scratch<uint8_t>(0, w.columns + 8), scratch<uint8_t>(1, w.groups + 8)};
-    unpack(w.bits, w.qdata + row * w.row_bytes, w.row_bytes, w.columns, found.codes);
+    const uint8_t* data = w.qdata + row * w.row_bytes;
+    w.sparse ? unpack_sparse(data, w.columns, found.codes)
+             : unpack(w.bits, data, w.row_bytes, w.columns, found.codes);
     if (w.zero_point) unpack(w.bits, w.zero_point + row / w.shared * zero_bytes(w), zero_bytes(w), w.groups, found.zeros);
     return found;
 }

@@ -26,9 +26,13 @@ struct Matrix {
     const float* outer;       // what all scales are multiplied by, of the matrix or of each row of scales, or null
     int64_t outer_step;       // 0 or 1
     int32_t exact;            // whether integers x unit is the table, else the nearest 16 bits to it
+    int32_t sparse;           // whether codes of bytes are 2:4 sparse: eight columns are their places and four codes
 };
 
 inline int64_t scale_bytes(const Matrix& w) { return w.scale_type == FLOAT_F32 ? 4 : w.scale_type <= FLOAT_BF16 ? 2 : 1; }
+
+// Bytes of a row before a column that begins a byte: of sparse codes every eighth one does.
+inline int64_t bytes_before(const Matrix& w, int64_t column) { return w.sparse ? column / 8 * 5 : column * w.bits / 8; }
 
 // Bytes of one row of zero points.
 inline int64_t zero_bytes(const Matrix& w) { return (w.groups * w.bits + 7) / 8; }

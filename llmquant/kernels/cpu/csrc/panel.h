@@ -72,9 +72,12 @@ inline int significant_bits(const float* table, int count) {
 
 struct Panel {
     // What is alike for all rows of a panel: the columns, the bytes of a row of tiles, the groups of the columns, the
-    // cache lines of a row's codes, and how far behind the row's start the codes lie that are wanted next.
+    // cache lines of a row's codes, and how far behind the row's start the codes lie that are wanted next. And, by pieces
+    // of 32 columns: how many there are, those of a group and of the first one, those of which 32 bytes can be read
+    // without leaving the row.
     struct Block {
         int64_t start, stop, tile_bytes, group, groups, lines, ahead;
+        int64_t pieces, per, head, safe;
     };
 
     const Matrix& w;
@@ -89,7 +92,7 @@ struct Panel {
     alignas(64) float numbers[64];
 
     TILES Panel(const Matrix& matrix, int most_parts)
-        : w(matrix), cutter(make_cutter(matrix.bits)), groups(make_groups(matrix)), one_scale(matrix.groups == 1) {
+        : w(matrix), cutter(make_cutter(matrix)), groups(make_groups(matrix)), one_scale(matrix.groups == 1) {
         const bool whole = one_scale || w.group % 32 == 0;
         if (w.table && w.bits == 8)
             how = whole && make_byte_table(w.table, &bytes) ? FLOAT8 : OTHER;
@@ -106,16 +109,22 @@ struct Panel {
             from[i] = static_cast<uint8_t>((first_bit / 8 + i % 8) & 31);
             shifts[i] = static_cast<uint8_t>(first_bit % 8 + i % 8 / 2 * w.bits);
         }
+        if (how == NUMBERS) place_numbers();
         for (int i = 0; i < 64; ++i) numbers[i] = w.table ? w.table[i & top] : static_cast<float>(i & top);
     }
 
     // Rows first .. last - 1, columns start .. stop - 1 as tiles [rows / 16, chunks, parts] of 16 rows x 32
     // columns.
     TILES void decode(int64_t first, int64_t last, int64_t start, int64_t stop, uint8_t* out) const {
-        const int64_t tile_bytes = (stop - start + WIDTH - 1) / WIDTH * parts * TILE_BYTES;
-        Block at = {start, stop, tile_bytes, 0, 1, 0, stop * w.bits / 8};
-        if (!one_scale) at.group = start / w.group, at.groups = (stop - 1) / w.group + 1 - at.group;
-        at.lines = ((stop - start) * w.bits / 8 + 63) / 64;
+        const int64_t pieces = (stop - start + WIDTH - 1) / WIDTH;
+        Block at = {start, stop, pieces * parts * TILE_BYTES, 0, 1, 0, bytes_before(w, stop), pieces, pieces, pieces, 0};
+        if (!one_scale) {
+            at.group = start / w.group, at.groups = (stop - 1) / w.group + 1 - at.group;
+            at.per = w.group < WIDTH ? 1 : w.group / WIDTH;
+            at.head = at.per - start / WIDTH % at.per;
+        }
+        if (w.row_bytes >= 32) at.safe = (w.row_bytes - 32) / (4 * w.bits) - start / WIDTH + 1;
+        at.lines = (bytes_before(w, stop - start) + 63) / 64;
         // Rows are read piece by piece, which no hardware foresees: fetch the next piece, or the next panel's first.
         if (stop >= w.columns) at.ahead = (last - first) * w.row_bytes;
         (this->*decode_block)(first, last, at, out);
@@ -131,6 +140,15 @@ struct Panel {
     }
 
    private:
+    // See `by_number`.
+    void place_numbers() {
+        for (int i = 0; i < 64; ++i) {
+            const int first_bit = i / 8 * 2 * w.bits, high = i % 8 / 4;  // of the columns from 16 on
+            from[i] = static_cast<uint8_t>((first_bit / 8 + high * 2 * w.bits + i % 4) & 31);
+            shifts[i] = static_cast<uint8_t>(first_bit % 8 + i % 8 / 4 * w.bits + i % 2 * 32);
+        }
+    }
+
     // W parts hold 9 W - 1 bits (the next one's sign counts); a product has as many as its factors together.
     int needed_parts() const {
         constexpr int SCALES[] = {24, 11, 8, 1, 4, 8};  // by type
@@ -143,7 +161,7 @@ struct Panel {
     template <int W>
     auto choose_decoder() const -> decltype(decode_block) {
         const bool zeros = w.zero_point != nullptr;
-        if (how == NUMBERS) return &Panel::by_number<W>;
+        if (how == NUMBERS) return zeros ? &Panel::by_number<true, W> : &Panel::by_number<false, W>;
         if (how == FLOAT8) return one_scale ? &Panel::by_bytes<false, 1> : &Panel::by_bytes<true, W>;
         if (how == OTHER) return &Panel::by_float<W>;
         if (how == HALVES) return zeros ? &Panel::by_table<TWO_GROUPS, true, W> : &Panel::by_table<TWO_GROUPS, false, W>;
@@ -158,7 +176,7 @@ struct Panel {
                                                              const DecodeRow& decode_row) const {
         for (int64_t row = first; row < last; ++row) {
             const uint8_t* next = w.qdata + row * w.row_bytes + at.ahead;
-            const uint8_t* soon = w.qdata + (row + SOON) * w.row_bytes + at.start * w.bits / 8;
+            const uint8_t* soon = w.qdata + (row + SOON) * w.row_bytes + bytes_before(w, at.start);
             for (int64_t line = 0; line < at.lines; ++line) _mm_prefetch(soon + 64 * line, _MM_HINT_T0);
             for (int64_t line = 0; line < at.lines; ++line) _mm_prefetch(next + 64 * line, _MM_HINT_T1);
             read_groups(w, row, cutter, groups.scale, groups.zero, at.group, at.group + at.groups);
@@ -166,23 +184,23 @@ struct Panel {
         }
     }
 
-    // Calls `set(group)` for each group between two columns, and `put(column, to)` for each 32 columns of it.
+    // Calls `set()` where a group begins, and `put(bytes, to)` with the packed bytes of each 32 columns (more lie behind
+    // them, but never behind the row) and where their numbers go.
     template <int W, typename Set, typename Put>
-    __attribute__((always_inline)) TILES inline void by_groups(const Block& at, uint8_t* to, const Set& set,
+    __attribute__((always_inline)) TILES inline void by_pieces(const Block& at, int64_t row, uint8_t* to, const Set& set,
                                                               const Put& put) const {
-        int64_t g = at.group;
-        for (int64_t k = at.start; k < at.stop; ++g) {
-            const int64_t end = one_scale || (g + 1) * w.group > at.stop ? at.stop : (g + 1) * w.group;
-            set(g);
-            for (; k < end; k += WIDTH, to += W * TILE_BYTES) put(k, to);
+        const int64_t step = 4 * w.bits, pieces = at.pieces, per = at.per, head = at.head, safe = at.safe;
+        const uint8_t* packed = w.qdata + row * w.row_bytes + at.start / WIDTH * step;
+        const uint8_t* end = w.qdata + (row + 1) * w.row_bytes;
+        for (int64_t i = 0, left = 0; i < pieces; ++i, packed += step, to += W * TILE_BYTES) {
+            if (left-- == 0) {
+                set();
+                left = (i ? per : head) - 1;
+            }
+            put(_mm512_castsi256_si512(i < safe ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed))
+                                                : _mm256_maskz_loadu_epi8((1u << (end - packed)) - 1, packed)),
+                to);
         }
-    }
-
-    // The packed bytes of the 32 codes from column `k` on, and more behind them, but never behind the row.
-    __attribute__((always_inline)) TILES inline __m512i packed_at(const uint8_t* data, int64_t k) const {
-        const int64_t byte = k * w.bits / 8, left = w.row_bytes - byte;
-        if (left >= 32) return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + byte)));
-        return _mm512_castsi256_si512(_mm256_maskz_loadu_epi8((1u << left) - 1, data + byte));
     }
 
     // Four codes a 64-bit lane: `vpermb` brings the bytes they lie in, `vpmultishiftqb` each one to a word, with other
@@ -193,19 +211,12 @@ struct Panel {
         constexpr int VECTORS = SHAPE == TWO_VECTORS ? 2 : 1;
         const __m512i bytes_from = _mm512_load_si512(from), shift = _mm512_load_si512(shifts);
         const __m512i fifteen = _mm512_set1_epi16(15), second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-        const int64_t step = 4 * w.bits, pieces = (at.stop - at.start + WIDTH - 1) / WIDTH;
-        const int64_t per = one_scale ? pieces : PAIR ? 1 : w.group / WIDTH;
-        const int64_t head = one_scale || PAIR ? per : per - at.start % w.group / WIDTH;
         const int64_t last_group = at.group + at.groups - 1;
         const bool scaled = !one_scale;
         __m512 base[4];  // the table under a scale of 1
         for (int v = 0; v < 4; ++v)
             base[v] = _mm512_sub_ps(_mm512_load_ps(numbers + 16 * v), _mm512_set1_ps(ZEROS || w.table ? 0.f : w.midpoint));
-        // From so many pieces 32 bytes can be read without leaving the row.
-        const int64_t safe = w.row_bytes < 32 ? 0 : (w.row_bytes - 32) / step - at.start / WIDTH + 1;
         each_row(first, last, at, out, [&](int64_t row, uint8_t* to) TILES __attribute__((always_inline)) {
-            const uint8_t* packed = w.qdata + row * w.row_bytes + at.start / WIDTH * step;
-            const uint8_t* end = w.qdata + (row + 1) * w.row_bytes;
             const float *scales = groups.scale, *zeros = groups.zero;
             int64_t g = at.group;
             const auto numbers_of_group = [&](int v) TILES __attribute__((always_inline)) {
@@ -213,55 +224,53 @@ struct Panel {
                 return _mm512_mul_ps(number, _mm512_set1_ps(scaled ? scales[g] : 1.f));
             };
             __m512i table[W][VECTORS] = {};
-            for (int64_t i = 0, left = 0; i < pieces; ++i, packed += step, to += W * TILE_BYTES) {
-                if (left-- == 0) {
-                    Numbers values[VECTORS];
-                    for (int v = 0; v < VECTORS; ++v) {
-                        values[v].low = numbers_of_group(2 * v);
-                        if (PAIR) g += g < last_group;  // the row may end before its tile
-                        values[v].high = SHAPE == TWICE ? values[v].low : numbers_of_group(PAIR ? 0 : 2 * v + 1);
-                    }
-                    for (int p = 0; p < W; ++p)
-                        for (int v = 0; v < VECTORS; ++v) table[p][v] = values[v].take_part(p, W);
-                    ++g;
-                    left = (i ? per : head) - 1;
+            const auto make_table = [&]() TILES __attribute__((always_inline)) {
+                Numbers values[VECTORS];
+                for (int v = 0; v < VECTORS; ++v) {
+                    values[v].low = numbers_of_group(2 * v);
+                    if (PAIR) g += g < last_group;  // the row may end before its tile
+                    values[v].high = SHAPE == TWICE ? values[v].low : numbers_of_group(PAIR ? 0 : 2 * v + 1);
                 }
-                const __m256i bytes = i < safe ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed))
-                                               : _mm256_maskz_loadu_epi8((1u << (end - packed)) - 1, packed);
-                const __m512i lanes = _mm512_permutexvar_epi8(bytes_from, _mm512_castsi256_si512(bytes));
-                __m512i codes = _mm512_multishift_epi64_epi8(shift, lanes);
+                for (int p = 0; p < W; ++p)
+                    for (int v = 0; v < VECTORS; ++v) table[p][v] = values[v].take_part(p, W);
+                ++g;
+            };
+            by_pieces<W>(at, row, to, make_table, [&](__m512i packed, uint8_t* tile_row) TILES __attribute__((always_inline)) {
+                __m512i codes = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(bytes_from, packed));
                 if (PAIR) codes = _mm512_ternarylogic_epi64(codes, fifteen, second, 0xea);  // (codes & 15) | 16
                 for (int p = 0; p < W; ++p)
-                    _mm512_store_si512(to + p * TILE_BYTES,
+                    _mm512_store_si512(tile_row + p * TILE_BYTES,
                                        VECTORS == 2 ? _mm512_permutex2var_epi16(table[p][0], codes, table[p][VECTORS - 1])
                                                     : _mm512_permutexvar_epi16(codes, table[p][0]));
-            }
+            });
         });
     }
 
-    template <int W>
+    // Codes come to the lowest bytes of words, those of columns 16 .. 31 above those of 0 .. 15. There they are the last
+    // bits of 2^23 + code in float32: no conversion is needed.
+    template <bool ZEROS, int W>
     TILES void by_number(int64_t first, int64_t last, const Block& at, uint8_t* out) const {
-        each_row(first, last, at, out, [&](int64_t row, uint8_t* to) TILES { number_row<W>(row, at, to); });
-    }
-
-    template <int W>
-    TILES void number_row(int64_t row, const Block& at, uint8_t* to) const {
-        const uint8_t* data = w.qdata + row * w.row_bytes;
-        __m512 scale = _mm512_setzero_ps(), zero = scale;
-        by_groups<W>(
-            at, to,
-            [&](int64_t g) TILES __attribute__((always_inline)) {
-                scale = _mm512_set1_ps(one_scale ? 1.f : groups.scale[g]);
-                zero = _mm512_set1_ps(groups.zero[g]);
-            },
-            [&](int64_t k, uint8_t* tile_row) TILES __attribute__((always_inline)) {
-                const __m256i codes = _mm512_castsi512_si256(cut_codes(packed_at(data, k), cutter));
-                const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(codes)));
-                const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(codes, 1)));
-                Numbers values = {_mm512_mul_ps(_mm512_sub_ps(low, zero), scale),
-                                  _mm512_mul_ps(_mm512_sub_ps(high, zero), scale)};
+        constexpr float START = 0x1p23f;
+        const __m512i bytes_from = _mm512_load_si512(from), shift = _mm512_load_si512(shifts);
+        const __m512i mask = _mm512_set1_epi32((1 << w.bits) - 1), start = _mm512_castps_si512(_mm512_set1_ps(START));
+        const bool scaled = !one_scale;
+        each_row(first, last, at, out, [&](int64_t row, uint8_t* to) TILES __attribute__((always_inline)) {
+            const float *next_scale = groups.scale + at.group, *next_zero = groups.zero + at.group;
+            __m512 scale = _mm512_set1_ps(1.f), zero = _mm512_set1_ps(START + w.midpoint);
+            const auto begin_group = [&]() TILES __attribute__((always_inline)) {
+                if (scaled) scale = _mm512_set1_ps(*next_scale++);
+                if (ZEROS) zero = _mm512_set1_ps(START + *next_zero++);
+            };
+            const auto number = [&](__m512i code) TILES __attribute__((always_inline)) {
+                const __m512 sum = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(code, mask, start, 0xea));  // code & mask | start
+                return _mm512_mul_ps(_mm512_sub_ps(sum, zero), scale);
+            };
+            by_pieces<W>(at, row, to, begin_group, [&](__m512i packed, uint8_t* tile_row) TILES __attribute__((always_inline)) {
+                const __m512i codes = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(bytes_from, packed));
+                Numbers values = {number(codes), number(_mm512_srli_epi32(codes, 8))};
                 for (int p = 0; p < W; ++p) _mm512_store_si512(tile_row + p * TILE_BYTES, values.take_part(p, W));
             });
+        });
     }
 
     // SCALED: each group has a scale; else the numbers as they are, in one part.

@@ -20,6 +20,7 @@ constexpr int CHUNK = 64;  // codes that are cut at a time
 struct Cutter {
     __m512i bytes, shifts, mask;
     int bits, chunk_bytes;
+    bool sparse;
 };
 
 INLINE Cutter make_cutter(int bits) {
@@ -30,7 +31,17 @@ INLINE Cutter make_cutter(int bits) {
             shifts[8 * lane + i] = static_cast<uint8_t>(i * bits);
         }
     return {_mm512_load_si512(bytes), _mm512_load_si512(shifts), _mm512_set1_epi8(static_cast<char>((1 << bits) - 1)),
-            bits, 8 * bits};
+            bits, 8 * bits, false};
+}
+
+// Of a matrix: where it is sparse, lanes take the five bytes of eight columns, and each column the places of its four.
+INLINE Cutter make_cutter(const Matrix& w) {
+    if (!w.sparse) return make_cutter(w.bits);
+    Cutter cutter = make_cutter(5);
+    cutter.shifts = _mm512_set1_epi64(0x0404040400000000);
+    cutter.mask = _mm512_set1_epi8(15);
+    cutter.sparse = true;
+    return cutter;
 }
 
 // How many bytes of chunk `c` lie in the row, as a mask; those behind its end are never read.
@@ -44,11 +55,29 @@ INLINE __mmask16 first_lanes(int64_t count) {
     return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count > 0 ? count : 0)) - 1);
 }
 
+// Which of the codes of a four goes to column c if its places are n, at 16 c + n: the first, the second or none (0x80).
+struct Takers {
+    alignas(64) uint8_t of[64];
+    constexpr Takers() : of() {
+        for (int i = 0; i < 64; ++i) of[i] = i / 16 == (i & 3) ? 0 : i / 16 == (i >> 2 & 3) ? 1 : 0x80;
+    }
+};
+constexpr Takers TAKERS;
+
+// 64 codes from lanes of [places, four codes], and the places of its four at each column.
+INLINE __m512i place_codes(__m512i lanes, __m512i places) {
+    const __m512i column = _mm512_set1_epi32(0x30201000);
+    const __m512i taker = _mm512_permutexvar_epi8(_mm512_or_si512(places, column), _mm512_load_si512(TAKERS.of));
+    const __m512i codes = _mm512_set4_epi32(0x0b0b0b0b, 0x09090909, 0x03030303, 0x01010101);  // the first of the four
+    return _mm512_shuffle_epi8(lanes, _mm512_add_epi8(taker, codes));
+}
+
 // 64 codes, one a byte, from the packed bytes of a chunk.
 INLINE __m512i cut_codes(__m512i packed, const Cutter& cut) {
     if (cut.bits == 8) return packed;
     const __m512i lanes = _mm512_permutexvar_epi8(cut.bytes, packed);
-    return _mm512_and_si512(_mm512_multishift_epi64_epi8(cut.shifts, lanes), cut.mask);
+    const __m512i found = _mm512_and_si512(_mm512_multishift_epi64_epi8(cut.shifts, lanes), cut.mask);
+    return cut.sparse ? place_codes(lanes, found) : found;
 }
 
 INLINE __m512i codes_of(const uint8_t* row, int64_t row_bytes, int64_t c, const Cutter& cut) {

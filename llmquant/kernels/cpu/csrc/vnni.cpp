@@ -1,12 +1,13 @@
-// The set of kernels for AVX-512 with VBMI and VNNI: strips of integers, float8, and rows decoded.
+// The set of kernels for AVX-512 with VBMI and VNNI: strips of integers, tables of floats, and rows decoded.
 #include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <omp.h>
 
 #include "decode.h"
-#include "float8.h"
+#include "lookup.h"
 #include "rows.h"
+#include "sparse.h"
 #include "strips.h"
 
 namespace {
@@ -42,7 +43,7 @@ void linear(const Matrix& w, const Inputs& in) {
         integer_linear(w, in, plan_rows(w, in), run_rows);
     else if (fits_strips(w, in))
         in_parts(w, in, MOST_IN_PLANES, strip_linear);
-    else if (!float8_linear(w, in))
+    else if (!sparse_linear(w, in) && !lookup_linear(w, in))
         PLAIN_AVX512.linear(w, in);
 }
 

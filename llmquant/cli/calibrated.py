@@ -1,0 +1,190 @@
+"""The part of `llmquant quantize` that reads a text first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmquant.cli.console import errors, progress_bar
+from llmquant.errors import CalibrationError, ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmquant.config.fqn import FqnToConfig
+    from llmquant.primitives.stats import InputStats
+    from llmquant.quantize import QuantizationReport
+
+FEW_TOKENS = 8192
+"""Enough for ranges and mean squares."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What of which text is read; None stands for a default."""
+
+    text: str | None = None
+    tokens: int | None = None
+    seed: int = 0
+    observer: str | None = None
+
+
+class Calibrating:
+    """A checkpoint that is to be quantized, and what must be read for it.
+
+    Args:
+        model: folder or hub id of a plain checkpoint.
+        config: what becomes of its weights.
+        reading: the text.
+        imatrix: where the importance of columns is kept, if errors are to be weighed by it.
+        dtype: name of the dtype to load in.
+        was_read: whether the text has been of use already.
+
+    Raises:
+        ConfigError: for a text that nothing needs.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        config: FqnToConfig,
+        reading: Reading,
+        imatrix: Path | None = None,
+        dtype: str = "auto",
+        *,
+        was_read: bool = False,
+    ) -> None:
+        from llmquant.calibrate.observers import observer_factory
+        from llmquant.checkpoint.source import open_source, parse_dtype
+        from llmquant.quantize import make_plan
+        from llmquant.quantize.plan import needed_stats
+        from llmquant.tune.sequential import runs_by_blocks
+
+        observer_factory(reading.observer or "minmax", None)  # a misspelt name shows before a model is loaded
+        self.source = open_source(model, parse_dtype(dtype))
+        self.config, self.reading, self.imatrix = config, reading, imatrix
+        self.plan = make_plan(self.source.skeleton, config)
+        self.needs_blocks = runs_by_blocks(self.plan)
+        kept = imatrix is not None and imatrix.exists()
+        self.reads = bool(self.plan.calibrated) or (imatrix is not None and not kept)
+        if reading.text is not None and not (self.reads or was_read):
+            raise ConfigError(
+                "nothing here needs --calib", hint="it is for --algorithm gptq, --imatrix and schemes like s8-int8"
+            )
+        if reading.observer is not None and not any("low" in needed_stats(q) for _, q in self.plan.chosen):
+            raise ConfigError(
+                "nothing here needs --observer: it is for static activations", hint="for instance s8-int8"
+            )
+
+    def streamed(self, output: Path, overwrite: bool, max_shard_bytes: int) -> QuantizationReport:
+        """Quantizes from disk to disk, after the plain model has read the text where that is needed."""
+        from llmquant.checkpoint.stream import quantize_checkpoint
+
+        stats = self.stats()
+        with progress_bar("Quantizing") as progress:
+            return quantize_checkpoint(
+                self.source.folder,
+                output,
+                self.config,
+                stats=stats,
+                dtype=self.source.dtype,
+                overwrite=overwrite,
+                max_shard_bytes=max_shard_bytes,
+                progress=progress,
+            )
+
+    def by_blocks(self, output: Path, overwrite: bool, max_shard_bytes: int) -> QuantizationReport:
+        """Quantizes block by block while the model reads the text; finished blocks are kept beside the output."""
+        from llmquant.checkpoint.save import save
+        from llmquant.tune.sequential import DEFAULT_TOKENS, quantize_with_data_
+
+        windows, importance = self._windows(DEFAULT_TOKENS), self._importance()
+        model = self.source.load()
+        with progress_bar("Quantizing") as progress:
+            report = quantize_with_data_(
+                model,
+                self.config,
+                windows,
+                imatrix=importance,
+                observer=self._observer,
+                journal=output.with_name(output.name + ".partial"),
+                progress=progress,
+            )
+        self._say(int(windows.numel()))
+        extras = self.source.extras()
+        save(model, output, overwrite=overwrite, extras=extras, max_shard_size=max_shard_bytes)
+        return report
+
+    def stats(self) -> Mapping[str, InputStats]:
+        """What the plain model's weights meet: ranges for static activations, mean squares for importance."""
+        from llmquant.calibrate.collect import collect_stats
+        from llmquant.calibrate.watch import weighed
+
+        importance = self._importance()
+        if not self.plan.calibrated:
+            return importance
+        windows = self._windows(FEW_TOKENS)
+        with progress_bar("Calibrating") as progress:
+            found = collect_stats(self.source.load(), self.config, windows, observer=self._observer, progress=progress)
+        self._warn(found.warnings)
+        self._say(found.tokens)
+        return weighed(found, importance)
+
+    @property
+    def _observer(self) -> str:
+        return self.reading.observer or "minmax"
+
+    def _importance(self) -> dict[str, InputStats]:
+        """The importance of columns: from the file, or gathered and written to it."""
+        from llmquant.calibrate.collect import collect_stats
+        from llmquant.calibrate.imatrix import load_imatrix, save_imatrix
+
+        if self.imatrix is None:
+            return {}
+        if self.imatrix.exists():
+            return load_imatrix(self.imatrix, self.plan)
+        windows = self._windows(FEW_TOKENS)
+        with progress_bar("Importance") as progress:
+            found = collect_stats(self.source.load(), self._plain(), windows, imatrix=True, progress=progress)
+        self._warn(found.warnings)
+        about = {"text": self.reading.text or "builtin", "tokens": str(found.tokens), "seed": str(self.reading.seed)}
+        save_imatrix(found, self.imatrix, about)
+        errors.print(f"importance of {len(found)} weights written to {self.imatrix}", highlight=False)
+        return dict(found)
+
+    def _plain(self) -> FqnToConfig:
+        """The config with the formats' default algorithms and no activations: it needs nothing but the importance."""
+        from llmquant.config.base import QuantConfig, WeightOnlyConfig
+        from llmquant.config.fqn import FqnToConfig
+
+        return FqnToConfig(
+            {
+                key: WeightOnlyConfig(value.format, value.granularity) if isinstance(value, QuantConfig) else None
+                for key, value in self.config.items()
+            }
+        )
+
+    def _windows(self, default: int) -> Tensor:
+        """Token windows of the text. Raises `CalibrationError` for a model that reads more than one text at a time."""
+        from llmquant.calibrate.data import calibration_windows
+        from llmquant.integrations.transformers import load_tokenizer
+
+        if self.source.config.get("is_encoder_decoder"):
+            raise CalibrationError(
+                "an encoder and a decoder read two texts, of which --calib has one",
+                where=str(self.source.folder),
+                hint="in Python, llmquant.quantize_with_data_ with batches of your own",
+            )
+        tokenizer, text = load_tokenizer(self.source.folder), self.reading.text or "builtin"
+        tokens = default if self.reading.tokens is None else self.reading.tokens
+        return calibration_windows(tokenizer, text, tokens=tokens, seed=self.reading.seed)
+
+    def _say(self, tokens: int) -> None:
+        text, seed = self.reading.text or "builtin", self.reading.seed
+        errors.print(f"calibrated on {tokens} tokens of {text} (seed {seed})", highlight=False)
+
+    def _warn(self, warnings: tuple[str, ...]) -> None:
+        for warning in warnings:
+            errors.print(f"[yellow]warning:[/] {warning}", highlight=False)

@@ -1,0 +1,124 @@
+"""The part of `llmquant quantize` that changes the plain model first: `--rotate`, and scales of channels.
+
+The changed model is written beside the output and stands in for the original one, so that everything that comes
+afterwards (streaming, calibration, runs that go on after an interruption) is what it is without a change.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmquant.cli.console import errors, progress_bar
+from llmquant.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llmquant.checkpoint.source import Source
+    from llmquant.cli.calibrated import Reading
+    from llmquant.config.fqn import FqnToConfig
+    from llmquant.tune.sites import MigrationReport
+
+MIGRATIONS = ("awq", "smoothquant")
+
+
+def split_algorithm(algorithm: str | None) -> tuple[str | None, str | None]:
+    """`awq+gptq` as the scales and the algorithm behind them; either may be missing. Raises `ConfigError`."""
+    first, plus, rest = (algorithm or "").partition("+")
+    if first in MIGRATIONS:
+        return first, rest or None
+    if plus:
+        raise ConfigError(
+            f"{first!r} cannot stand before another algorithm", hint=f"{' or '.join(MIGRATIONS)}, as in awq+gptq"
+        )
+    return None, algorithm
+
+
+@dataclass
+class Changes:
+    """What is done to a plain model before it is quantized.
+
+    Attributes:
+        rotate: kind of the rotation.
+        rotate_seed: its seed.
+        migrate: one of `MIGRATIONS`.
+        reports: what was done, by name, after `applied` was entered.
+    """
+
+    rotate: str | None = None
+    rotate_seed: int = 0
+    migrate: str | None = None
+    reports: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def applied(
+        self, model: str, output: Path, config: FqnToConfig, reading: Reading, imatrix: Path | None, dtype: str
+    ) -> Iterator[str]:
+        """The model to quantize: the given one, or a changed copy that vanishes when the block ends.
+
+        Raises:
+            ConfigError, UnknownArchitectureError, CalibrationError, NoSpaceError and others of `rotate_`, `awq_` and
+            `smoothquant_`.
+        """
+        from llmquant.checkpoint.source import open_source, parse_dtype
+        from llmquant.quantize import make_plan
+
+        if self.rotate is None and self.migrate is None:
+            yield model
+            return
+        source = open_source(model, parse_dtype(dtype))
+        make_plan(source.skeleton, config)  # whose errors are better told before the long part
+        if imatrix is not None and imatrix.exists():
+            warning = f"{imatrix} must come from a run with the same changes of the model"
+            errors.print(f"[yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
+        output.resolve().parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.changed-", dir=output.resolve().parent))
+        try:
+            yield str(self._write(source, config, reading, folder / "model"))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _write(self, source: Source, config: FqnToConfig, reading: Reading, folder: Path) -> Path:
+        """Writes the changed copy of a checkpoint."""
+        from llmquant.checkpoint.save import save
+
+        plain = source.load()
+        if self.rotate is not None:
+            self._rotate(plain)
+        if self.migrate is not None:
+            self._migrate(plain, source, config, reading)
+        return save(plain, folder, extras=source.extras())
+
+    def _rotate(self, plain: Any) -> None:
+        from llmquant.tune.rotate import rotate_
+
+        with progress_bar("Rotating") as progress:
+            report = rotate_(plain, self.rotate, self.rotate_seed, progress=progress)  # type: ignore[arg-type]
+        self._tell("rotation", report)
+
+    def _migrate(self, plain: Any, source: Source, config: FqnToConfig, reading: Reading) -> None:
+        from llmquant.cli.calibrated import FEW_TOKENS
+        from llmquant.integrations.transformers import load_tokenizer
+        from llmquant.tune.awq import awq_
+        from llmquant.tune.smoothquant import smoothquant_
+
+        text, tokens = reading.text or "builtin", FEW_TOKENS if reading.tokens is None else reading.tokens
+        windows: dict[str, Any] = {"tokenizer": load_tokenizer(source.folder), "tokens": tokens, "seed": reading.seed}
+        report: MigrationReport
+        with progress_bar("Scaling channels") as progress:
+            if self.migrate == "awq":
+                report = awq_(plain, config, text, progress=progress, **windows)
+            else:
+                report = smoothquant_(plain, text, progress=progress, **windows)
+        self._tell("migration", report)
+
+    def _tell(self, name: str, report: Any) -> None:
+        """Keeps a report for the JSON file, and shows its first lines."""
+        self.reports[name] = asdict(report)
+        lines = str(report).splitlines()
+        shown = lines if name == "rotation" else lines[:1]
+        errors.print("\n".join(shown), highlight=False, soft_wrap=True)
