@@ -56,7 +56,7 @@ def draw_scores(scores: Scores, path: Path, chosen: Mapping[str, str] | None = N
         panels.setdefault(place.kind, []).append((place.block, group))
     schemes = list(dict.fromkeys(name for group in scores.groups for name in group.options))
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(schemes)}
-    columns = min(_COLUMNS, len(panels))
+    columns = 2 if len(panels) == 4 else min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(1.5 + 4.3 * columns, 1.3 + 3.2 * rows), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=12)
@@ -65,7 +65,7 @@ def draw_scores(scores: Scores, path: Path, chosen: Mapping[str, str] | None = N
         _draw_kind(axis, kind, members, colours, chosen)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    unit = "score (ranks only)" if scores.method == "data-free" else "KL alone, nats a token"
+    unit = "score (ranks only)" if scores.method == "data-free" else "KL of a layer alone, nats a token"
     figure.supylabel(f"{unit} ({scores.method})" if scores.method != "data-free" else unit, fontsize=10)
     _add_legend(figure, colours, chosen is not None)
     _save(figure, path)

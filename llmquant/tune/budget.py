@@ -26,7 +26,7 @@ from llmquant.quantize import Progress
 from llmquant.tune.bank import Bank, Quantize, bytes_under, plain_quantize
 from llmquant.tune.mixture import MIXED, Contender, Mixture
 from llmquant.tune.scope import HEAD_FLOOR, Scope, make_scope
-from llmquant.tune.scores import Scores, Store, cache_folder
+from llmquant.tune.scores import Scores, Store
 from llmquant.tune.sensitivity import CONTEXT, TOKENS, as_windows, measured_kl, score, store_of
 
 SCHEMES = "int2-g32,int3-g64,int3-g32,int4-g64,int4-g32,int5-g64,int6-g64,int8"
@@ -61,7 +61,7 @@ def choose_mixture(
     seed: int = 0,
     validate: bool = True,
     quantize: Quantize = plain_quantize,
-    cache: str | Path | None = cache_folder(),  # noqa: B008  (a path, not a state)
+    cache: str | Path | bool = True,
     progress: Progress | None = None,
 ) -> Mixture:
     """Chooses a scheme for each group of weights, so that all fit in a budget and the scores' sum is least.

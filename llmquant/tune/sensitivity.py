@@ -41,7 +41,7 @@ def sensitivity(
     context: int = CONTEXT,
     seed: int = 0,
     quantize: Quantize = plain_quantize,
-    cache: str | Path | None = cache_folder(),  # noqa: B008  (a path, not a state)
+    cache: str | Path | bool = True,
     progress: Progress | None = None,
 ) -> Scores:
     """Scores each group of weights alone in each scheme, the others plain.
@@ -57,7 +57,7 @@ def sensitivity(
         tokens, context, seed: of `calibration_windows`.
         quantize: what makes a quantized weight; by default the config's algorithm, or the format's own where that needs
             a calibration run. Scores with another are not kept.
-        cache: folder where scores are kept and looked for; None for none.
+        cache: folder where scores are kept and looked for; true is the user's own (see `cache_folder`), false none.
         progress: called with steps done, in all, and what is at work; each phase counts anew.
 
     Raises:
@@ -75,7 +75,7 @@ def score(
     method: str = "fisher",
     *,
     seed: int = 0,
-    cache: str | Path | None = None,
+    cache: str | Path | bool = False,
     progress: Progress | None = None,
 ) -> Scores:
     """The scores of a scope on windows [W, T]: kept ones where there are any, else new ones, which are then kept."""
@@ -92,9 +92,9 @@ def score(
     return scores
 
 
-def store_of(bank: Bank, scope: Scope, windows: Tensor, method: str, seed: int, cache: str | Path | None) -> Store:
+def store_of(bank: Bank, scope: Scope, windows: Tensor, method: str, seed: int, cache: str | Path | bool) -> Store:
     """Where these scores are kept: under a hash of the model, the schemes, the groups, the tokens and the method."""
-    if cache is None or not bank.is_plain:
+    if cache is False or not bank.is_plain:
         return Store(None, "")
     facts = [
         [config.to_dict() for config in scope.schemes.values()],
@@ -103,7 +103,7 @@ def store_of(bank: Bank, scope: Scope, windows: Tensor, method: str, seed: int, 
         [method, seed],
         windows,
     ]
-    return Store(Path(cache), fingerprint(bank.model, *facts))
+    return Store(cache_folder() if cache is True else Path(cache), fingerprint(bank.model, *facts))
 
 
 def as_windows(data: Any, tokenizer: Any, **windows: int) -> Tensor:

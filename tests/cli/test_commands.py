@@ -254,7 +254,9 @@ def test_python_m_llmquant_is_the_command() -> None:
     assert done.stdout.strip() == f"llmquant {llmquant.__version__}"
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval", "inspect", "recipes", "bench", "info"])
+@pytest.mark.parametrize(
+    "command", ["quantize", "eval", "inspect", "recipes", "sensitivity", "compare", "bench", "info"]
+)
 def test_help_explains_every_option(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0 and "Usage" in result.output

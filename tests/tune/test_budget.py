@@ -33,7 +33,7 @@ IDS = torch.randint(3, 128, (3, 24), generator=torch.Generator().manual_seed(1))
 
 
 def choose(model: Any, bits: float, **options: Any) -> Any:
-    return choose_mixture(model, bits, options.pop("schemes", SCHEMES), IDS, **{"cache": None} | options)
+    return choose_mixture(model, bits, options.pop("schemes", SCHEMES), IDS, **{"cache": False} | options)
 
 
 @pytest.mark.parametrize("embeddings", [False, True])
@@ -157,13 +157,13 @@ def test_another_quantizer_takes_the_scores() -> None:
     mine = Counting()
     found = sensitivity(build("llama"), SCHEMES[:2], IDS, quantize=mine)
     assert mine.calls == 2 * 15
-    assert found == sensitivity(build("llama"), SCHEMES[:2], IDS, cache=None)
+    assert found == sensitivity(build("llama"), SCHEMES[:2], IDS, cache=False)
 
 
 def test_schemes_that_need_a_run_are_scored_by_the_formats_own_algorithm() -> None:
     model = build("llama")
     gptq = [config.with_algorithm("gptq") for config in SCHEMES]
-    config = mixed_precision(model, 4.6, gptq, data=IDS, cache=None)
+    config = mixed_precision(model, 4.6, gptq, data=IDS, cache=False)
     assert {value.algorithm for _, value in config.items()} == {"gptq"}
     weight = Bank(model).get(make_plan(model, config).chosen[0][0], gptq[2])
     plain = model.get_parameter("model.layers.0.self_attn.q_proj.weight")

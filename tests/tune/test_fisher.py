@@ -60,7 +60,7 @@ def test_scores_follow_the_measured_kl(family: str) -> None:
     ids = torch.randint(3, 128, (12, 24), generator=torch.Generator().manual_seed(1))
     both = {
         method: sensitivity(
-            model, list(map(scheme_of, ("int3-g16", "int5-g16"))), ids, method=method, embeddings=True, cache=None
+            model, list(map(scheme_of, ("int3-g16", "int5-g16"))), ids, method=method, embeddings=True, cache=False
         )
         for method in ("fisher", "measured")
     }
@@ -79,7 +79,7 @@ def test_the_model_is_as_it_was() -> None:
     model.train()
     next(model.parameters()).requires_grad_(False)
     before = {name: (p.clone(), p.requires_grad, id(p)) for name, p in model.named_parameters()}
-    sensitivity(model, "int2-g32", tokens(), cache=None)
+    sensitivity(model, "int2-g32", tokens(), cache=False)
     assert model.training and all(module.training for module in model.modules())
     for name, p in model.named_parameters():
         value, flag, identity = before[name]
@@ -100,5 +100,5 @@ def test_an_interrupted_run_leaves_nothing_behind() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sensitivity(model, "int4-g32", tokens(3), cache=None, progress=stop)
+        sensitivity(model, "int4-g32", tokens(3), cache=False, progress=stop)
     assert all(p.requires_grad for p in model.parameters())
