@@ -64,7 +64,8 @@ def learn_block(
     """Codes for the weights of a block under which it gives what it should, as nearly as some steps can learn.
 
     Signed gradient descent on the mean squared error of the block's output (Cheng et al., 2023, arXiv:2309.05516).
-    The rate falls linearly to zero; the step with the least error on its sequences is kept.
+    The rate falls linearly to zero. What is learned is kept if it is better than the start on the last sequences seen:
+    errors of different sequences do not compare, so that the least of all steps may be that of an easy batch.
 
     Args:
         block: called with `inputs`; its first output counts. It is left as it was.
@@ -80,20 +81,54 @@ def learn_block(
     Returns:
         Of each weight the codes of its matrices (one, or one an expert), for `quantize_weight(..., codes=...)`.
     """
-    parts = {name: _Part(block.get_parameter(name), weight) for name, weight in weights.items()}
-    dtype = _dtype(parts.values())
-    fixed = {name: p.detach() for name, p in block.named_parameters() if name not in parts}
-    best, least = {name: part.codes() for name, part in parts.items()}, float("inf")
+    work = _Block(block, weights, inputs, targets)
+    start, before = work.codes(), work.values()
+    chosen: list[int] = []
     for step, chosen in enumerate(_batches(len(inputs), batch, steps, seed)):
-        values = {name: part.value(dtype) for name, part in parts.items()}
-        loss = sum(_backward(block, fixed | values, inputs[i], targets[i], dtype) for i in chosen) / len(chosen)
-        if loss < least:
-            best, least = {name: part.codes() for name, part in parts.items()}, loss
-        for name, part in parts.items():
-            part.step(values[name].grad, (lr or 1 / steps) * (1 - step / steps))
+        work.step(chosen, (lr or 1 / steps) * (1 - step / steps))
         if progress:
             progress(step + 1, steps)
-    return best
+    return work.codes() if work.error(work.values(), chosen) < work.error(before, chosen) else start
+
+
+class _Block:
+    """A block whose weights are being learned."""
+
+    def __init__(
+        self, block: nn.Module, weights: Mapping[str, Learnable], inputs: Sequence[Call], targets: Sequence[Tensor]
+    ) -> None:
+        self.block, self.inputs, self.targets = block, inputs, targets
+        self.parts = {name: _Part(block.get_parameter(name), weight) for name, weight in weights.items()}
+        self.others = {name: p.detach() for name, p in block.named_parameters() if name not in weights}
+        self.dtype = _dtype(self.parts.values())
+
+    def codes(self) -> dict[str, list[Codes]]:
+        return {name: part.codes() for name, part in self.parts.items()}
+
+    def values(self) -> dict[str, Tensor]:
+        """Leaves in place of the parameters."""
+        return {name: part.value(self.dtype).requires_grad_() for name, part in self.parts.items()}
+
+    def step(self, chosen: Sequence[int], rate: float) -> None:
+        """One step down the error of some sequences."""
+        values = self.values()
+        with torch.enable_grad():
+            for i in chosen:
+                self._error(values, i).backward()
+        for name, part in self.parts.items():
+            part.step(values[name].grad, rate)
+
+    @torch.no_grad()
+    def error(self, values: Mapping[str, Tensor], chosen: Sequence[int]) -> float:
+        return sum(float(self._error(values, i)) for i in chosen)
+
+    def _error(self, values: Mapping[str, Tensor], index: int) -> Tensor:
+        """The squared error of one sequence, summed: signs of gradients count alone, and a mean's vanish in float16."""
+        args, kwargs = self.inputs[index]
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            given = functional_call(self.block, {**self.others, **values}, tuple(args), dict(kwargs))
+            output = given if isinstance(given, Tensor) else given[0]
+            return F.mse_loss(output.float(), self.targets[index].float(), reduction="sum")
 
 
 class _Part:
@@ -111,11 +146,11 @@ class _Part:
         return [rounding.codes() for rounding in self.roundings]
 
     def value(self, dtype: torch.dtype) -> Tensor:
-        """A leaf in place of the parameter."""
+        """The weight as it is rounded now."""
         found = torch.empty_like(self.weight, dtype=dtype)
         for matrix, rounding in zip(self._matrices(found), self.roundings, strict=True):
             matrix.copy_(rounding.value(dtype))
-        return found.requires_grad_()
+        return found
 
     def step(self, gradient: Tensor | None, rate: float) -> None:
         if gradient is None:
@@ -156,17 +191,3 @@ def _batches(count: int, batch: int, steps: int, seed: int) -> Iterator[list[int
             left += torch.randperm(count, generator=generator).tolist()
         yield left[:batch]
         left = left[batch:]
-
-
-def _backward(block: nn.Module, values: dict[str, Tensor], call: Call, target: Tensor, dtype: torch.dtype) -> float:
-    """Adds to the gradients of values what one sequence says; returns its mean squared error.
-
-    The gradients are those of the sum: their signs count alone, and small numbers would vanish in float16.
-    """
-    args, kwargs = call
-    with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-        given = functional_call(block, values, tuple(args), dict(kwargs))
-        output = given if isinstance(given, Tensor) else given[0]
-        loss = F.mse_loss(output.float(), target.float(), reduction="sum")
-    loss.backward()
-    return float(loss.detach()) / target.numel()
