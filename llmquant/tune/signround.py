@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from llmquant.config.candidates import Candidate
 from llmquant.formats import get_format
 from llmquant.primitives.stats import InputStats
 from llmquant.quantize.weight import importance_of
+from llmquant.tune.batches import drawn
 
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 """Positional and keyword arguments of a block's forward."""
@@ -26,8 +27,12 @@ Call = tuple[Sequence[Any], Mapping[str, Any]]
 Progress = Callable[[int, int], object]
 """Called with steps done and steps in all."""
 
-SCALE_RATE = 1.0
-"""How far factors of scales move, as shares, when shifts move one step between codes."""
+SCALE_RATE = 16
+"""How far the largest codes may move by their scale, in steps, when shifts move by one; never farther as a share.
+
+So scales of up to four bits move as fast as shifts, which was measured to be best for three and four; with more bits
+that would be many codes at a time.
+"""
 
 _FEW_BITS = 5  # up to so many, the rounding of a bfloat16 is nothing beside that of the weight
 
@@ -84,7 +89,7 @@ def learn_block(
     work = _Block(block, weights, inputs, targets)
     start, before = work.codes(), work.values()
     chosen: list[int] = []
-    for step, chosen in enumerate(_batches(len(inputs), batch, steps, seed)):
+    for step, chosen in enumerate(drawn(len(inputs), batch, steps, seed)):
         work.step(chosen, (lr or 1 / steps) * (1 - step / steps))
         if progress:
             progress(step + 1, steps)
@@ -156,7 +161,7 @@ class _Part:
         if gradient is None:
             return  # nothing in the batch met it
         for matrix, rounding in zip(self._matrices(gradient), self.roundings, strict=True):
-            rounding.step(matrix, rate, rate * SCALE_RATE)
+            rounding.step(matrix, rate, rate * min(1.0, SCALE_RATE / 2**self.bits))
 
     def _matrices(self, weight: Tensor) -> Tensor:
         """[matrices, out, in]"""
@@ -180,14 +185,3 @@ def _dtype(parts: Iterable[_Part]) -> torch.dtype:
     if fast and own.dtype is torch.float32 and all(part.bits <= _FEW_BITS for part in found):
         return torch.bfloat16
     return own.dtype
-
-
-def _batches(count: int, batch: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """Which sequences each step sees: all of them in a drawn order, then again in another."""
-    generator = torch.Generator().manual_seed(seed)
-    left: list[int] = []
-    for _ in range(steps):
-        while len(left) < min(batch, count):
-            left += torch.randperm(count, generator=generator).tolist()
-        yield left[:batch]
-        left = left[batch:]
