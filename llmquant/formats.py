@@ -100,6 +100,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "search": Method("least-squares scales"),
     "rtn": Method("round to nearest"),
+    "hqq": Method("scales and zero points by half-quadratic splitting, which lets a few errors be large"),
     "gptq": Method("rounds column by column, later columns make up for earlier errors", "hessian", within_rows=True),
     "signround": Method("rounding learned by signed gradients of each block's error", "model", within_rows=True),
 }
@@ -135,7 +136,7 @@ def _integer(bits: int) -> Format:
         asymmetric=True,
         # One bit is a sign: its two codes lie around zero.
         midpoint=0.5 if bits == 1 else float(2 ** (bits - 1)),
-        algorithms=("search", "rtn", "gptq", "signround"),
+        algorithms=("search", "rtn", "hqq", "gptq", "signround"),
     )
 
 

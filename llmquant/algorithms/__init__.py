@@ -12,6 +12,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from llmquant.algorithms.gptq import gptq
+from llmquant.algorithms.hqq import hqq
 from llmquant.algorithms.rtn import Codes, rtn
 from llmquant.algorithms.search import search
 from llmquant.primitives.spec import QuantSpec
@@ -21,7 +22,7 @@ Algorithm = Callable[[Tensor, "Tensor | None", QuantSpec], Codes]
 Note = Callable[[str], None]
 """Told in words what did not go as asked, for the report."""
 
-ALGORITHMS: dict[str, Algorithm] = {"rtn": rtn, "search": search}
+ALGORITHMS: dict[str, Algorithm] = {"rtn": rtn, "search": search, "hqq": hqq}
 CALIBRATED: dict[str, Callable[[InputStats, Note], Algorithm]] = {"gptq": gptq}
 
 __all__ = ["ALGORITHMS", "CALIBRATED", "Algorithm", "Codes", "Note"]
