@@ -39,7 +39,15 @@ SCHEMES = [
     *("int4-g16-s8-asym", "int4-g10-s8", "int3-g128-s8", "int6-g48-s8"),
     *("float8-b128", "float8-b16x48", "float8-b16x32"),
 ]
-ONE_BYTE = ["mxfp4", "mxfp6-e2m3", "nvfp4", "mxfp6-e3m2", "nf4", "mxfp8", "int3-g32-s8"]  # scales, some with an outer one
+ONE_BYTE = [
+    "mxfp4",
+    "mxfp6-e2m3",
+    "nvfp4",
+    "mxfp6-e3m2",
+    "nf4",
+    "mxfp8",
+    "int3-g32-s8",
+]  # scales, some with an outer one
 ACTIVATIONS = [Activation(group, asymmetric) for group in (0, 20, 32, 256) for asymmetric in (False, True)]
 
 every_backend = pytest.mark.parametrize(
