@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from llmquant.primitives.spec import Numerics
 
 
+SCALE_CODES = {8: torch.int8}
+"""What scales of so many bits are stored as: signed codes, multiples of a float32 scale of their row."""
+
+
 @dataclass(frozen=True)
 class Format:
     """One row of the table.
@@ -39,7 +43,8 @@ class Format:
         scale_dtypes: how scales may be stored, the first by default; empty means 16 or 32 bits, as the config says.
         scale_rules: named rules for scales, the first by default; empty where there is only one.
         tensor_scale: whether each matrix also has one float32 scale, by which its block scales are multiplied.
-        row_scale: whether each row has one.
+        row_scale: whether each row has one, whatever the config says.
+        scale_bits: the widths of signed codes, keys of `SCALE_CODES`, that scales of groups may be stored as.
         packing_module: dotted name of the module with its `Packing` (see `packing.spec`).
     """
 
@@ -59,6 +64,7 @@ class Format:
     scale_rules: tuple[str, ...] = ()
     tensor_scale: bool = False
     row_scale: bool = False
+    scale_bits: tuple[int, ...] = ()
     packing_module: str = "llmquant.packing.bits"
 
     @property
@@ -75,6 +81,16 @@ class Format:
     def top_code(self) -> int:
         """The largest code."""
         return 2**self.bits - 1
+
+    def has_row_scale(self, scale_dtype: torch.dtype) -> bool:
+        """Whether weights whose scales are stored so have a float32 scale a row beside them."""
+        return self.row_scale or scale_dtype in SCALE_CODES.values()
+
+    def allows_scales(self, scale_dtype: torch.dtype) -> bool:
+        """Whether scales may be stored so."""
+        if scale_dtype in SCALE_CODES.values():
+            return scale_dtype in (SCALE_CODES[bits] for bits in self.scale_bits)
+        return not self.scale_dtypes or scale_dtype in self.scale_dtypes
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of one packed row of `columns` codes; every row starts on a byte."""
@@ -137,6 +153,8 @@ def _integer(bits: int) -> Format:
         # One bit is a sign: its two codes lie around zero.
         midpoint=0.5 if bits == 1 else float(2 ** (bits - 1)),
         algorithms=("search", "rtn", "hqq", "gptq", "signround"),
+        # Where groups are small and their scales a notable part of the bytes.
+        scale_bits=(8,) if 2 <= bits <= 6 else (),
     )
 
 

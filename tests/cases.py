@@ -43,6 +43,12 @@ class Case:
         return FORMATS[self.config.format]
 
     @property
+    def row_scale(self) -> bool:
+        """Whether rows have a float32 scale outside those of their blocks."""
+        assert self.config.scale_dtype is not None
+        return self.format.has_row_scale(self.config.scale_dtype)
+
+    @property
     def asymmetric(self) -> bool:
         return self.scheme.endswith("-asym")
 
@@ -61,7 +67,8 @@ def _suffix(row: Format, shared: str) -> str:
 
 def _cases(row: Format) -> list[Case]:
     mappings = ("", "-asym") if row.asymmetric else ("",)
-    return [Case(row.name + _suffix(row, g) + m) for g, m in product(row.granularities, mappings)]
+    shared = [_suffix(row, g) for g in row.granularities] + [f"-g32-s{bits}" for bits in row.scale_bits]
+    return [Case(row.name + s + m) for s, m in product(shared, mappings)]
 
 
 CASES = [case for row in FORMATS.values() for case in _cases(row)]
@@ -74,8 +81,8 @@ ALL_CASES = CASES + ODD_GROUPS
 ONE_PER_FORMAT = [
     Case(f"{row.name}-g32-asym") if row.asymmetric else Case(row.name + _suffix(row, row.granularities[0]))
     for row in FORMATS.values()
-]
-"""Every format once, in its most demanding way."""
+] + [Case("int3-g32-s8-asym")]
+"""Every format once, in its most demanding way, and scales of scales."""
 
 
 STATIC = [
@@ -195,11 +202,12 @@ def read_scales(weight: QuantizedTensor) -> np.ndarray:
     """The scale of each block in float64; a product with an outer scale is rounded to float32."""
     if weight.scale_dtype == torch.float8_e8m0fnu:
         return 2.0 ** (weight.scale.numpy().astype(np.float64) - 127)
-    if weight.scale_dtype not in (torch.float8_e4m3fn, torch.uint8):
+    if weight.scale_dtype not in (torch.float8_e4m3fn, torch.uint8, torch.int8):
         return weight.scale.double().numpy()
     codes = weight.scale.numpy()
-    if weight.scale_dtype == torch.uint8:
-        scale, outer = codes, weight.row_scale  # type: ignore[attr-defined]
+    if weight.scale_dtype in (torch.uint8, torch.int8):
+        assert weight.row_scale is not None
+        scale, outer = codes, weight.row_scale
     else:
         scale = np.array([read_float8(code, 4) for code in range(256)])[codes]
         outer = weight.tensor_scale  # type: ignore[attr-defined]

@@ -41,7 +41,7 @@ def read_scales(fqn: str, kind: str, tensors: dict) -> np.ndarray:
         return np.ldexp(np.float32(1), stored.astype(int) - 127)
     if kind == "float8_e4m3fn":
         return read_float(stored, 4, 3).astype(np.float32) * tensors[f"{fqn}_tensor_scale"]
-    if kind == "uint8":
+    if kind in ("uint8", "int8"):
         return stored.astype(np.float32) * tensors[f"{fqn}_row_scale"]
     return stored.astype(np.float32)
 

@@ -121,6 +121,8 @@ def test_zeros_and_constants(case: Case) -> None:
         plain = torch.full((3, 70), value)
         found = case.quantize(plain).dequantize()
         mantissa_bits = ELEMENT_BITS[case.format.name][1] if case.format.scale_rules else 8
+        if case.config.scale_bits:
+            mantissa_bits = 6  # codes of scales are 63 or more here, and off by at most a half
         if case.format.storage == "semisparse":
             plain[:, torch.arange(70) % 4 >= 2] = 0  # of equals the first are kept
         torch.testing.assert_close(found, plain, rtol=2.0 ** -(mantissa_bits + 1), atol=0)

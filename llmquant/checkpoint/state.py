@@ -64,7 +64,7 @@ def expected(fqn: str, described: Mapping[str, Any]) -> dict[str, tuple[torch.dt
         *experts, rows, columns = logical_shape(described)
         across, along = block_counts(rows, columns, tuple(described["block"]))
         scale_dtype, asymmetric = getattr(torch, described["scale_dtype"]), described["asymmetric"]
-        if scale_dtype not in (fmt.scale_dtypes or (scale_dtype,)):
+        if not fmt.allows_scales(scale_dtype):
             raise ValueError(f"{fmt.name} has no scales of {scale_dtype}")
         stored = storage_dtype(scale_dtype)
         activation = described_activation(described)
@@ -80,7 +80,7 @@ def expected(fqn: str, described: Mapping[str, Any]) -> dict[str, tuple[torch.dt
     }
     if fmt.tensor_scale:
         found[component_key(fqn, "tensor_scale")] = (torch.float32, (*experts, 1, 1))
-    if fmt.row_scale:
+    if fmt.has_row_scale(scale_dtype):
         found[component_key(fqn, "row_scale")] = (torch.float32, (*experts, across, 1))
     if asymmetric:
         found[component_key(fqn, "zero_point")] = (torch.uint8, (*experts, across, fmt.row_bytes(along)))

@@ -106,7 +106,8 @@ def quantize(
     need room on the disk for a plain copy of it beside the output while they run.
 
     Schemes: `none`, or a format with suffixes: `int1` to `int8`, `float8`, `float8-e5m2`, then `-g<size>`, `-row` or
-    `-tensor` (float8 also `-b<size>`: square blocks), then `-sym` or `-asym`. For instance `int4-g64-asym`. In front
+    `-tensor` (float8 also `-b<size>`: square blocks), then `-s8` (int2 to int6 in groups: scales of one byte), then
+    `-sym` or `-asym`. For instance `int4-g64-asym`. In front
     of that, `a8-` quantizes the inputs of products to int8 too (`a8-int4-g32`); `a8` may be followed by `-g<size>` or
     `-token`, then `-sym` or `-asym`. `f8-` makes inputs float8 (`f8-float8`); it may be followed by `-g<size>`,
     `-token` or `-tensor`. `s8-`, `s8-asym-` and `sf8-` do the same with one scale for all inputs, from a calibration

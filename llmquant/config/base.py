@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llmquant.errors import ConfigError
-from llmquant.formats import FORMATS, METHODS, Format, get_format
+from llmquant.formats import FORMATS, METHODS, SCALE_CODES, Format, get_format
 from llmquant.primitives.dynamic import ALL_TOKENS, DEFAULT_GROUP, Activation
 from llmquant.primitives.granularity import (
     Granularity,
@@ -44,6 +44,9 @@ class QuantConfig:
         activation: how inputs of products are quantized; None leaves them as they are.
         scale_rule: how a scale follows from the largest magnitude of its block, where the format knows several rules.
 
+        scale_bits: 8 stores scales of groups as signed codes of so many bits under a float32 scale of their row, where
+            the format knows that (`scale_dtype` is int8 then); None stores them as floats.
+
     Raises:
         ConfigError: where the format cannot have what is asked.
     """
@@ -55,11 +58,13 @@ class QuantConfig:
     algorithm: str | None = None
     activation: Activation | None = None
     scale_rule: str | None = None
+    scale_bits: int | None = None
 
     def __post_init__(self) -> None:
         row = get_format(self.format)
         _set(self, granularity=self.granularity or _default_granularity(row))
-        _set(self, scale_dtype=self.scale_dtype or _default_scale_dtype(row, self.granularity))
+        self._check_scale_bits(row)
+        _set(self, scale_dtype=self.scale_dtype or _default_scale_dtype(row, self.granularity, self.scale_bits))
         _set(self, algorithm=self.algorithm or row.algorithms[0])
         _set(self, scale_rule=self.scale_rule or (row.scale_rules[0] if row.scale_rules else None))
         self._check(row)
@@ -73,7 +78,8 @@ class QuantConfig:
             raise ConfigError(f"{row.name} has groups of {row.group_size} only", hint="leave granularity out")
         if self.mapping_type is MappingType.ASYMMETRIC and not row.asymmetric:
             raise ConfigError(f"{row.name} is symmetric only", hint="leave mapping_type out")
-        allowed = row.scale_dtypes or tuple(SCALE_DTYPES.values())
+        codes = (SCALE_CODES[self.scale_bits],) if self.scale_bits else ()
+        allowed = codes or row.scale_dtypes or tuple(SCALE_DTYPES.values())
         if self.scale_dtype not in allowed:
             raise ConfigError(
                 f"scales of {row.name} cannot be stored as {self.scale_dtype}",
@@ -83,12 +89,27 @@ class QuantConfig:
             raise ConfigError(
                 f"{row.name} has no algorithm {self.algorithm!r}", hint=f"one of {', '.join(row.algorithms)}"
             )
-        if not self._has(self.algorithm):
-            raise ConfigError(f"{self.algorithm} needs scales per group or row, not per {shared}")
+        if why := self._obstacle(self.algorithm):
+            raise ConfigError(why, hint=f"another algorithm: {', '.join(filter(self._has, row.algorithms))}")
         if self.scale_rule is not None and self.scale_rule not in row.scale_rules:
             known = ", ".join(row.scale_rules)
             raise ConfigError(
                 f"{row.name} has no scale rule {self.scale_rule!r}", hint=f"one of {known}" if known else "leave it out"
+            )
+
+    def _check_scale_bits(self, row: Format) -> None:
+        if self.scale_bits is None:
+            return
+        if self.scale_bits not in row.scale_bits:
+            known = ", ".join(f"{found.name} ({bits})" for found in FORMATS.values() for bits in found.scale_bits)
+            raise ConfigError(
+                f"{row.name} has no scales of {self.scale_bits} bits", hint=f"leave scale_bits out; {known} have them"
+            )
+        if not isinstance(self.granularity, PerGroup):
+            assert self.granularity is not None
+            raise ConfigError(
+                f"scales of {self.scale_bits} bits are those of groups, not of each {granularity_name(self.granularity)}",
+                hint=f"a group size ({row.name}-g32-s{self.scale_bits}), or leave scale_bits out",
             )
 
     def spec(self, rows: int, columns: int) -> QuantSpec:
@@ -102,9 +123,17 @@ class QuantConfig:
         return from_dict({**self.to_dict(), "algorithm": algorithm}) if self._has(algorithm) else self
 
     def _has(self, algorithm: str) -> bool:
+        return algorithm in get_format(self.format).algorithms and self._obstacle(algorithm) is None
+
+    def _obstacle(self, algorithm: str) -> str | None:
+        """Why an algorithm of the format cannot serve this config, or None."""
         assert self.granularity is not None
-        known = algorithm in get_format(self.format).algorithms
-        return known and not (METHODS[algorithm].within_rows and granularity_name(self.granularity) in _OVER_ROWS)
+        method, shared = METHODS[algorithm], granularity_name(self.granularity)
+        if method.within_rows and shared in _OVER_ROWS:
+            return f"{algorithm} needs scales per group or row, not per {shared}"
+        if method.needs == "model" and self.scale_bits:
+            return f"{algorithm} learns scales of 16 and 32 bits, not of {self.scale_bits}"
+        return None
 
     @property
     def scheme(self) -> str:
@@ -114,10 +143,11 @@ class QuantConfig:
         suffix = "-" + _shared_name(self.granularity, "g", "b")
         name = self.format if self.granularity == _default_granularity(row) else self.format + suffix
         activation = f"{self.activation.scheme}-" if self.activation else ""
+        name += f"-s{self.scale_bits}" if self.scale_bits else ""
         return activation + name + ("-asym" if self.mapping_type is MappingType.ASYMMETRIC else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON: the inverse of `from_dict`. Activation and scale rule are named only where there is one."""
+        """Plain JSON: the inverse of `from_dict`. What few configs have is named only where it is there."""
         assert self.granularity is not None and self.algorithm is not None
         return {
             "format": self.format,
@@ -127,6 +157,7 @@ class QuantConfig:
             "algorithm": self.algorithm,
             **({"activation": self.activation.to_dict()} if self.activation else {}),
             **({"scale_rule": self.scale_rule} if self.scale_rule else {}),
+            **({"scale_bits": self.scale_bits} if self.scale_bits else {}),
         }
 
     def __eq__(self, other: object) -> bool:
@@ -150,8 +181,9 @@ class WeightOnlyConfig(QuantConfig):
         scale_dtype: torch.dtype | None = None,
         algorithm: str | None = None,
         scale_rule: str | None = None,
+        scale_bits: int | None = None,
     ) -> None:
-        super().__init__(format, granularity, mapping_type, scale_dtype, algorithm, scale_rule=scale_rule)
+        super().__init__(format, granularity, mapping_type, scale_dtype, algorithm, None, scale_rule, scale_bits)
 
 
 class DynamicActivationConfig(QuantConfig):
@@ -166,8 +198,9 @@ class DynamicActivationConfig(QuantConfig):
         algorithm: str | None = None,
         activation: Activation = Activation(DEFAULT_GROUP),  # noqa: B008  (frozen)
         scale_rule: str | None = None,
+        scale_bits: int | None = None,
     ) -> None:
-        super().__init__(format, granularity, mapping_type, scale_dtype, algorithm, activation, scale_rule)
+        super().__init__(format, granularity, mapping_type, scale_dtype, algorithm, activation, scale_rule, scale_bits)
 
 
 class StaticActivationConfig(QuantConfig):
@@ -185,8 +218,9 @@ class StaticActivationConfig(QuantConfig):
         algorithm: str | None = None,
         activation: Activation = Activation(ALL_TOKENS, static=True),  # noqa: B008  (frozen)
         scale_rule: str | None = None,
+        scale_bits: int | None = None,
     ) -> None:
-        super().__init__(format, granularity, mapping_type, scale_dtype, algorithm, activation, scale_rule)
+        super().__init__(format, granularity, mapping_type, scale_dtype, algorithm, activation, scale_rule, scale_bits)
 
 
 def from_dict(values: Mapping[str, Any]) -> QuantConfig:
@@ -215,6 +249,7 @@ def from_dict(values: Mapping[str, Any]) -> QuantConfig:
         scale_dtype=_parse_scale_dtype(values.get("scale_dtype")),
         algorithm=values.get("algorithm"),
         scale_rule=values.get("scale_rule"),
+        scale_bits=values.get("scale_bits"),
     )
 
 
@@ -263,7 +298,9 @@ def _shared_name(granularity: Granularity, group: str, block: str) -> str:
     return granularity_name(granularity)
 
 
-def _default_scale_dtype(row: Format, granularity: Granularity | None) -> torch.dtype:
+def _default_scale_dtype(row: Format, granularity: Granularity | None, scale_bits: int | None) -> torch.dtype:
+    if scale_bits:
+        return SCALE_CODES[scale_bits]
     if row.scale_dtypes:
         return row.scale_dtypes[0]
     return torch.float16 if isinstance(granularity, PerGroup) else torch.float32
@@ -277,7 +314,7 @@ def _parse_mapping(text: Any) -> MappingType:
 
 def _parse_scale_dtype(text: Any) -> torch.dtype | None:
     fixed = {_dtype_name(dtype): dtype for row in FORMATS.values() for dtype in row.scale_dtypes}
-    known = SCALE_DTYPES | fixed
+    known = SCALE_DTYPES | fixed | {_dtype_name(dtype): dtype for dtype in SCALE_CODES.values()}
     if text is not None and text not in known:
         raise ConfigError(f"unknown scale_dtype {text!r}", hint=f"one of {', '.join(known)}")
     return known[text] if text else None

@@ -21,7 +21,7 @@ from llmquant.primitives.granularity import (
 
 
 class Int4WeightOnlyConfig(WeightOnlyConfig):
-    """Four bits, groupwise."""
+    """Four bits, groupwise; with `scale_bits=8` the scales of groups are codes of one byte."""
 
     def __init__(
         self,
@@ -29,12 +29,16 @@ class Int4WeightOnlyConfig(WeightOnlyConfig):
         mapping_type: MappingType = MappingType.SYMMETRIC,
         scale_dtype: torch.dtype | None = None,
         algorithm: str = "search",
+        scale_bits: int | None = None,
     ) -> None:
-        super().__init__("int4", PerGroup(group_size), mapping_type, scale_dtype, algorithm)
+        super().__init__("int4", PerGroup(group_size), mapping_type, scale_dtype, algorithm, scale_bits=scale_bits)
 
 
 class IntxWeightOnlyConfig(WeightOnlyConfig):
-    """One to eight bits: `weight_dtype` is `torch.int1` ... `torch.int8`."""
+    """One to eight bits: `weight_dtype` is `torch.int1` ... `torch.int8`.
+
+    Two to six bits in groups take `scale_bits=8`: the scales of groups are then codes of one byte.
+    """
 
     def __init__(
         self,
@@ -43,9 +47,10 @@ class IntxWeightOnlyConfig(WeightOnlyConfig):
         mapping_type: MappingType = MappingType.SYMMETRIC,
         scale_dtype: torch.dtype | None = None,
         algorithm: str = "search",
+        scale_bits: int | None = None,
     ) -> None:
         name = _format_of(weight_dtype, "affine")
-        super().__init__(name, granularity, mapping_type, scale_dtype, algorithm)
+        super().__init__(name, granularity, mapping_type, scale_dtype, algorithm, scale_bits=scale_bits)
 
 
 class Int8WeightOnlyConfig(WeightOnlyConfig):

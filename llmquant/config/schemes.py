@@ -1,8 +1,9 @@
 """Schemes: short names of what to do to one weight and the activations that meet it.
 
-Grammar: `none | [<activation>-]<format>[-g<N>|-row|-tensor|-b<N>|-b<R>x<C>][-sym|-asym]`, a format being a row of the
-table (`int4`, `float8`, `float8-e5m2`, ...). What stands before it is said of activations, what follows of the weight.
-Without a suffix the format's default holds; `-b<N>` is short for blocks of N rows and N columns.
+Grammar: `none | [<activation>-]<format>[-g<N>|-row|-tensor|-b<N>|-b<R>x<C>][-s8][-sym|-asym]`, a format being a row of
+the table (`int4`, `float8`, `float8-e5m2`, ...). What stands before it is said of activations, what follows of the
+weight. Without a suffix the format's default holds; `-b<N>` is short for blocks of N rows and N columns, and `-s8`
+(behind groups of two to six bits: `int3-g32-s8`) says that scales of groups are codes of eight bits.
 
 An activation is `a8[-g<N>|-token][-sym|-asym]`, `f8[-g<N>|-token|-tensor]`, `s8[-sym|-asym]`, `sf8`, or block floats;
 without one, activations stay as they are. `a8` quantizes the input of a product to int8 codes, anew each time:
@@ -45,19 +46,20 @@ def parse_scheme(scheme: str) -> QuantConfig | None:
         return None
     activation, stem = _split_activation(scheme)
     row, rest = _split_stem(stem)
-    found = re.fullmatch(r"(?:-(g[0-9]+|row|tensor|b[0-9]+(?:x[0-9]+)?))?(?:-(sym|asym))?", rest)
+    found = re.fullmatch(r"(?:-(g[0-9]+|row|tensor|b[0-9]+(?:x[0-9]+)?))?(?:-s([0-9]+))?(?:-(sym|asym))?", rest)
     if not found:
         raise ConfigError(
             f"cannot read {rest!r} in scheme {scheme!r}",
-            hint=f"{row.name} may be followed by -g<size>, -row, -tensor or -b<size>, then -sym or -asym"
+            hint=f"{row.name} may be followed by -g<size>, -row, -tensor or -b<size>, then -s8, then -sym or -asym"
             + (f", or, said of activations, by a format: {row.name}-{row.name}" if row.name in block_floats() else ""),
         )
-    shared, mapping = found.groups()
+    shared, scale_bits, mapping = found.groups()
     return config_of(
         activation,
         format=row.name,
         granularity=parse_granularity(shared) if shared else None,
         mapping_type=_suffix_mapping(mapping),
+        scale_bits=int(scale_bits) if scale_bits else None,
     )
 
 

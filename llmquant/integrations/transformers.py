@@ -158,7 +158,8 @@ class LlmQuantizer(HfQuantizer):
             spec = _spec(candidate, config)
             columns = candidate.shape[-2 if candidate.transposed else -1]
             block = spec.block[0] * spec.block[1]
-            return spec.format.row_bytes(columns) / columns + spec.scale_dtype.itemsize / max(block, 1)
+            outer = 4 / columns if spec.row_scale else 0.0
+            return spec.format.row_bytes(columns) / columns + spec.scale_dtype.itemsize / max(block, 1) + outer
         return param.element_size()
 
     def get_quantize_ops(self) -> ConversionOps:

@@ -185,7 +185,7 @@ def _flat(x: Tensor) -> Tensor:
 
 def _row_scales(weight: Packed) -> Tensor:
     """The scale of each row, float32 [1, N]."""
-    return weight.scale.float().repeat_interleave(weight.block[0], 0)[: weight.rows].T.contiguous()
+    return weight.scales().float().repeat_interleave(weight.block[0], 0)[: weight.rows].T.contiguous()
 
 
 # --- int4 ---------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def swap_nibbles(qdata: Tensor) -> Tensor:
 
 def scales_and_zeros(weight: Packed) -> Tensor:
     """bfloat16 [K / group, N, 2] for value = (code - 8) * scale + zero."""
-    scale, zeros = weight.scale.float(), weight.zeros()
+    scale, zeros = weight.scales().float(), weight.zeros()
     shift = torch.zeros_like(scale) if zeros is None else (8 - zeros.float()) * scale
     pairs = torch.stack([scale, shift], -1).repeat_interleave(weight.block[0], 0)[: weight.rows]
     return pairs.transpose(0, 1).bfloat16().contiguous()

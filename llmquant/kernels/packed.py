@@ -39,7 +39,7 @@ class Packed(_Fields):
 
     @classmethod
     def with_small_scales(cls, *fields: Any, outer: Tensor | None) -> Packed:
-        """A matrix whose scales are float8_e8m0fnu, float8_e4m3fn or uint8, as they are stored."""
+        """A matrix whose scales are float8_e8m0fnu, float8_e4m3fn, uint8 or int8, as they are stored."""
         made = cls(*fields)
         made.outer = outer
         return made

@@ -2,6 +2,14 @@
 
 Codes are unsigned. `zero` is the block's zero point, or the format's midpoint: 2^(b-1), and 1/2 for
 one bit, whose two codes then mean -scale/2 and +scale/2 (sign times mean magnitude).
+
+Scales of eight bits are signed codes themselves: scale = code * row_scale, with
+
+    row_scale = largest magnitude of the row / (127 * largest magnitude under a scale of 1)
+
+so that the widest group that the asymmetric rule can ask for has code 127; the symmetric rule stays below it, which
+leaves room for a search. Groups that are not all zeros have a code of at least 1, or at most -1. Rows are divided by
+their `row_scale` before they come here.
 """
 
 from __future__ import annotations
@@ -76,7 +84,9 @@ def inverse(scale: Tensor) -> Tensor:
 
 
 def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale in the dtype it is stored in, kept finite."""
+    """The scale in the dtype it is stored in, kept finite; as an integer code, not zero unless it was."""
+    if not dtype.is_floating_point:
+        return _scale_codes(scale, torch.iinfo(dtype).max).to(dtype)
     limit = torch.finfo(dtype).max
     return scale.clamp(-limit, limit).to(dtype)
 
@@ -95,6 +105,11 @@ _RATIOS = {
         8: (0.97, 1.02, 5),
     }.items()
 }
+
+
+def _scale_codes(scale: Tensor, top: int) -> Tensor:
+    """The nearest integers of -top..top; those that would be 0 lose no group: they become 1 or -1."""
+    return torch.where(scale.abs() < 1, scale.sign(), scale.round()).clamp_(-top, top)
 
 
 def _min_max(x: Tensor, spec: QuantSpec) -> QParams:

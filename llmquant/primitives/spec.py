@@ -35,11 +35,11 @@ class QParams(NamedTuple):
 
 
 def storage_dtype(scale_dtype: torch.dtype) -> torch.dtype:
-    """What scales lie in, in memory and on disk: floats of one byte as their bytes, in uint8.
+    """What scales lie in, in memory and on disk: floats of one byte as their bytes, in uint8; others as they are.
 
     torch can do little with such floats; it does not even compare them.
     """
-    return torch.uint8 if scale_dtype.itemsize == 1 else scale_dtype
+    return torch.uint8 if scale_dtype.itemsize == 1 and scale_dtype.is_floating_point else scale_dtype
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class QuantSpec:
     def asymmetric(self) -> bool:
         """Whether blocks have zero points."""
         return self.mapping is MappingType.ASYMMETRIC
+
+    @property
+    def row_scale(self) -> bool:
+        """Whether rows have a scale of their own, by which they are divided before codes are chosen."""
+        return self.format.has_row_scale(self.scale_dtype)
 
 
 class Numerics(Protocol):

@@ -102,7 +102,7 @@ def _allocate(logical: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     }
     if spec.format.tensor_scale:
         tensors["tensor_scale"] = torch.empty(*experts, 1, 1, dtype=torch.float32, device=device)
-    if spec.format.row_scale:
+    if spec.row_scale:
         tensors["row_scale"] = torch.empty(*experts, across, 1, dtype=torch.float32, device=device)
     if spec.asymmetric:
         tensors["zero_point"] = torch.empty(*experts, across, row_bytes(along), dtype=torch.uint8, device=device)
@@ -173,7 +173,7 @@ def _quantize_matrix(
         part = matrix[start : start + step].float().contiguous()  # sums then run in one order, however it lay
         if spec.format.tensor_scale:
             part = part / into["tensor_scale"]
-        if spec.format.row_scale:
+        if spec.row_scale:
             outer = into["row_scale"][start : start + step]
             part = part / outer.copy_(tensor_scale(part.abs().amax(-1, keepdim=True), spec))
         if shared is None:
@@ -227,7 +227,7 @@ def importance_of(rows: Tensor, stats: Tensor | None) -> Tensor | None:
 def _check_range(largest: float, weight: Tensor, config: QuantConfig, fqn: str | None) -> None:
     """Refuses weights so large that the stored scale would overflow."""
     spec = config.spec(*weight.shape[-2:])
-    if spec.format.tensor_scale or spec.format.row_scale:
+    if spec.format.tensor_scale or spec.row_scale:
         return  # which reaches as far as float32
     if largest > reach(spec):
         name = str(spec.scale_dtype).removeprefix("torch.")

@@ -98,6 +98,7 @@ class QuantizedTensor(torch.Tensor):
     qdata: Tensor
     scale: Tensor
     zero_point: Tensor | None = None
+    row_scale: Tensor | None = None
     act_scale: Tensor | None = None
     act_zero_point: Tensor | None = None
     meta: Meta

@@ -56,7 +56,7 @@ def take_slice(w: QuantizedTensor, axis: int, start: int, stop: int) -> Quantize
         return _cut_packed(tensor, w.format, length, first, last)
 
     part = w.rebuild(cut, **meta)
-    shares = axis == -1 and w.format.row_scale and stop - start != size
+    shares = axis == -1 and w.row_scale is not None and stop - start != size
     part._read_only |= copies or shares or (stop != size and stop % step != 0) or start % step != 0
     return part
 

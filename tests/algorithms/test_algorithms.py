@@ -13,6 +13,7 @@ from llmquant.algorithms import ALGORITHMS, CALIBRATED
 from llmquant.algorithms.rtn import Codes, blocks_and_weights
 from llmquant.algorithms.search import weighted_error
 from llmquant.formats import METHODS
+from llmquant.primitives.blockfloat import reach
 from llmquant.primitives.blocks import from_blocks, to_blocks
 from llmquant.primitives.metrics import compute_error
 from llmquant.primitives.spec import QuantSpec
@@ -26,7 +27,10 @@ def spec_of(case: Case, rows: Tensor) -> QuantSpec:
 
 def handed_over(rows: Tensor, case: Case) -> Tensor:
     """Rows as algorithms get them: with a scale of their own taken off, where the format has one."""
-    return rows * (255 / rows.abs().amax(1, keepdim=True)) if case.format.row_scale else rows
+    if not case.row_scale:
+        return rows
+    largest = reach(spec_of(case, rows))
+    return rows * (largest / rows.abs().amax(1, keepdim=True).clamp(min=1e-30))
 
 
 def values(codes: Codes, spec: QuantSpec) -> Tensor:

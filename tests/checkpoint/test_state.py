@@ -55,7 +55,7 @@ def test_the_entry_promises_what_is_stored(case: Case, shape: tuple[int, ...], t
     assert tensors["w"].dim() == weight.dim() + 1
     assert all(t.dim() == weight.dim() for key, t in tensors.items() if key != "w")
     assert set(tensors) == {"w", "w_scale"} | ({"w_zero_point"} if case.asymmetric else set()) | (
-        {"w_tensor_scale"} if case.format.tensor_scale else {"w_row_scale"} if case.format.row_scale else set()
+        {"w_tensor_scale"} if case.format.tensor_scale else {"w_row_scale"} if case.row_scale else set()
     )
     logical = logical_shape(entry)
     assert logical == ((*shape[:-2], shape[-1], shape[-2]) if transposed else shape)

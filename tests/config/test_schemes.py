@@ -113,6 +113,7 @@ GRAMMAR = [
     ("int4-g32-asym", WeightOnlyConfig("int4", PerGroup(32), ASYM)),
     ("int4-row-sym", WeightOnlyConfig("int4", PerRow())),
     ("int3-g7", WeightOnlyConfig("int3", PerGroup(7))),
+    ("int3-g7-s8-asym", WeightOnlyConfig("int3", PerGroup(7), ASYM, scale_bits=8)),
     ("int8", WeightOnlyConfig("int8", PerRow())),
     ("int8-tensor-asym", WeightOnlyConfig("int8", PerTensor(), ASYM)),
     ("int1-g32", WeightOnlyConfig("int1", PerGroup(32))),

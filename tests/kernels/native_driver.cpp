@@ -108,6 +108,7 @@ struct Case {
 // A scale of about 0.01, or what its type has in the place of it.
 void store_scale(const Matrix& w, uint8_t* data, int64_t i) {
     if (w.scale_type <= FLOAT_BF16) return store_float(data, i, w.scale_type, 0.01f * (1.5f + normal()));
+    if (w.scale_type == SCALE_I8) return void(data[i] = static_cast<uint8_t>(pick(-20, 20)));
     const int64_t lowest = w.scale_type == SCALE_E8M0 ? 117 : w.scale_type == SCALE_E4M3 ? 0 : 1;
     data[i] = static_cast<uint8_t>(lowest + pick(0, w.scale_type == SCALE_E8M0 ? 8 : w.scale_type == SCALE_E4M3 ? 60 : 20));
 }
@@ -171,7 +172,8 @@ bool run_case(const std::vector<std::string>& names, const std::vector<int32_t>&
     const bool zeros = !table && pick(0, 1);
     w.shared = shared ? pick(1, w.rows) : 1;
     const int64_t scale_rows = (w.rows + w.shared - 1) / w.shared;
-    w.scale_type = static_cast<int32_t>(pick(0, table ? 5 : 2));
+    w.scale_type = static_cast<int32_t>(pick(0, table ? 6 : 3));
+    if (!table && w.scale_type > FLOAT_BF16) w.scale_type = SCALE_I8;
     w.midpoint = w.bits == 1 ? 0.5f : static_cast<float>(1 << (w.bits - 1));
     Guarded qdata(w.rows * w.row_bytes), scale(scale_rows * w.groups * scale_bytes(w));
     Guarded points(zeros ? scale_rows * zero_bytes(w) : 0), values(256 * 4);

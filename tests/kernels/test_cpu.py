@@ -37,10 +37,20 @@ SCHEMES = [
     *(f"{kind}-{group}" for kind in ("float8", "float8-e5m2") for group in ("row", "tensor")),
     *("mxfp4", "mxfp6-e2m3", "mxfp6-e3m2", "mxfp8", "mxfp8-e5m2", "nvfp4", "nf4", "nf4-single"),
     *("nf4-g12", "nf4-g48", "nf4-single-g128", "int4-g48-asym"),
+    *(f"int{bits}-g32-s8{zero}" for bits in range(2, 7) for zero in ("", "-asym")),
+    *("int4-g16-s8-asym", "int4-g10-s8", "int3-g128-s8", "int6-g48-s8"),
     *("float8-b128", "float8-b16x48", "float8-b16x32"),
     "float8-2x4",
 ]
-ONE_BYTE = ["mxfp4", "mxfp6-e2m3", "nvfp4", "mxfp6-e3m2", "nf4", "mxfp8"]  # scales, some with an outer one
+ONE_BYTE = [
+    "mxfp4",
+    "mxfp6-e2m3",
+    "nvfp4",
+    "mxfp6-e3m2",
+    "nf4",
+    "mxfp8",
+    "int3-g32-s8",
+]  # scales, some with an outer one
 ACTIVATIONS = [Activation(group, asymmetric) for group in (0, 20, 32, 256) for asymmetric in (False, True)]
 
 every_backend = pytest.mark.parametrize(
@@ -154,6 +164,8 @@ SMALL_SCALES = (
     ("mxfp8", torch.float8_e8m0fnu, 0),
     ("nvfp4", torch.float8_e4m3fn, 1),
     ("nf4", torch.uint8, 5),
+    ("int4", torch.int8, 5),
+    ("int2", torch.int8, 5),
 )
 
 
@@ -162,7 +174,7 @@ SMALL_SCALES = (
 def test_every_scale_of_one_byte(backend: str, name: str, dtype: torch.dtype, outers: int) -> None:
     """NaN, zeros, subnormal ones and negative ones among them, under one outer scale, one a row, or none."""
     fmt, rows = get_format(name), 5
-    group = fmt.group_size or 0
+    group = 32 if fmt.storage == "affine" else fmt.group_size or 0
     columns = 256 * group
     qdata = torch.randint(256, (rows, fmt.row_bytes(columns)), dtype=torch.uint8)
     if fmt.bits == 8:  # e4m3 has NaN, too
@@ -200,7 +212,7 @@ def test_every_scale_of_one_byte(backend: str, name: str, dtype: torch.dtype, ou
 
 
 @every_backend
-@pytest.mark.parametrize("scheme", ["mxfp4", "nvfp4", "mxfp6-e3m2", "nf4", "mxfp8", "float8-b128"])
+@pytest.mark.parametrize("scheme", ["mxfp4", "nvfp4", "mxfp6-e3m2", "nf4", "mxfp8", "float8-b128", "int5-g32-s8"])
 def test_panels_of_rows_keep_their_outer_scales(backend: str, scheme: str) -> None:
     weight = weight_of(scheme, 260, 96).packed()
     exact, x = weight.dequantize(), torch.randn(3, 260)

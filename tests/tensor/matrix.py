@@ -561,7 +561,7 @@ def _columns_share(start: int, stop: int) -> When:
 
     def shares(at: At) -> bool:
         step, bits = at.block[1], at.case.format.bits
-        outer = at.one_matrix_scale or at.case.format.row_scale
+        outer = at.one_matrix_scale or at.case.row_scale
         if outer or step >= COLUMNS or start % step or (stop != COLUMNS and stop % step):
             return True
         odd = [start, stop] if stop != COLUMNS else [start]

@@ -79,7 +79,7 @@ def test_every_inner_tensor_is_listed(case: Case) -> None:
     weight = LAYOUTS[0].quantize(case)
     names, _ = weight.__tensor_flatten__()
     assert names == [f.name for f, _ in weight.parts()]
-    outer = ["tensor_scale"] * case.format.tensor_scale + ["row_scale"] * case.format.row_scale
+    outer = ["tensor_scale"] * case.format.tensor_scale + ["row_scale"] * case.row_scale
     assert names == ["qdata", "scale"] + ["zero_point"] * case.asymmetric + outer
 
 
@@ -217,7 +217,7 @@ def check_bytes(case: Case, at: Layout) -> None:
     matrix = 6 * row + across * along * weight.scale.dtype.itemsize
     if case.asymmetric:
         matrix += across * -(-along * fmt.bits // 8)
-    matrix += 4 * fmt.tensor_scale + 4 * across * fmt.row_scale
+    matrix += 4 * fmt.tensor_scale + 4 * across * case.row_scale
     assert weight.nbytes == matrix * (3 if at.experts else 1)
     assert weight.nbytes == sum(tensor.nbytes for _, tensor in weight.parts())
     assert weight.element_size() * weight.numel() == pytest.approx(weight.nbytes, rel=1e-12)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-SCALE_TYPES = FLOAT_TYPES | {torch.float8_e8m0fnu: 3, torch.float8_e4m3fn: 4, torch.uint8: 5}
+SCALE_TYPES = FLOAT_TYPES | {torch.float8_e8m0fnu: 3, torch.float8_e4m3fn: 4, torch.uint8: 5, torch.int8: 6}
 
 
 class Matrix(ctypes.Structure):

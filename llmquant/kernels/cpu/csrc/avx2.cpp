@@ -22,13 +22,23 @@ enum Kind { NARROW = 0, DENSE1 = 1, DENSE2 = 2, DENSE4 = 4, WIDE = 7, BYTES = 8 
 
 // --- the rows ----------------------------------------------------------------------------------------------
 
+// 8 scales from group `g` of a row of scales on; those of one byte are SCALE_I8, as tables are not for here.
+INLINE2 __m256 load_scales(const Matrix& w, int64_t row, int64_t g) {
+    const int64_t i = row * w.groups + g, left = w.groups - g;
+    if (w.scale_type <= FLOAT_BF16) return load_eight(w.scale, i, w.scale_type, left);
+    alignas(16) int8_t bytes[16] = {};
+    std::memcpy(bytes, static_cast<const int8_t*>(w.scale) + i, static_cast<size_t>(left < 8 ? left : 8));
+    const __m256 found = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes))));
+    return w.outer ? _mm256_mul_ps(found, _mm256_set1_ps(w.outer[row * w.outer_step])) : found;
+}
+
 // Scales and zeros of 8 rows from `first` on.
 TARGET2 void turn_groups(const Matrix& w, int64_t first, const Cutter2& cutter, float* scale, float* zero) {
     int64_t rows[STRIP];
     for (int i = 0; i < STRIP; ++i) rows[i] = (first + i < w.rows ? first + i : w.rows - 1) / w.shared;
     __m256 v[STRIP];
     for (int64_t g = 0; g < w.groups; g += 8) {
-        for (int i = 0; i < STRIP; ++i) v[i] = load_eight(w.scale, rows[i] * w.groups + g, w.scale_type, w.groups - g);
+        for (int i = 0; i < STRIP; ++i) v[i] = load_scales(w, rows[i], g);
         turn_rows(v);
         for (int i = 0; i < 8; ++i) _mm256_store_ps(scale + STRIP * (g + i), v[i]);
         if (!zero) continue;

@@ -67,6 +67,7 @@ inline float load_scale(const Matrix& w, int64_t scale_row, int64_t g) {
     const float scale = w.scale_type == SCALE_E8M0   ? e8m0_to_float(bytes[i])
                         : w.scale_type == SCALE_E4M3 ? e4m3_to_float(bytes[i])
                         : w.scale_type == SCALE_U8   ? static_cast<float>(bytes[i])
+                        : w.scale_type == SCALE_I8   ? static_cast<float>(static_cast<int8_t>(bytes[i]))
                                                      : load_float(w.scale, i, w.scale_type);
     return w.outer ? scale * w.outer[scale_row * w.outer_step] : scale;
 }

@@ -5,10 +5,10 @@
 enum FloatType : int32_t { FLOAT_F32 = 0, FLOAT_F16 = 1, FLOAT_BF16 = 2 };
 
 // What scales may be beside floats: one byte, a power of two, a float8 (e4m3fn) or an integer.
-enum ScaleType : int32_t { SCALE_E8M0 = 3, SCALE_E4M3 = 4, SCALE_U8 = 5 };
+enum ScaleType : int32_t { SCALE_E8M0 = 3, SCALE_E4M3 = 4, SCALE_U8 = 5, SCALE_I8 = 6 };
 
 // A packed matrix in the neutral layout. The number of a code is table[code] where there is a table, else
-// code - zero point; times the scale of its group (a scale of one byte goes with a table only).
+// code - zero point; times the scale of its group (of one byte, without a table it is SCALE_I8).
 struct Matrix {
     const uint8_t* qdata;       // [rows, row_bytes], codes as a little-endian bit stream
     const void* scale;          // [rows / shared, groups]

@@ -151,7 +151,7 @@ struct Panel {
 
     // W parts hold 9 W - 1 bits (the next one's sign counts); a product has as many as its factors together.
     int needed_parts() const {
-        constexpr int SCALES[] = {24, 11, 8, 1, 4, 8};  // by type
+        constexpr int SCALES[] = {24, 11, 8, 1, 4, 8, 7};  // by type
         const int scale = w.outer ? 24 : SCALES[w.scale_type];
         const int number = w.table ? significant_bits(w.table, 1 << w.bits) : w.bits;
         const int bits = number + (one_scale && how != OTHER ? 0 : scale);

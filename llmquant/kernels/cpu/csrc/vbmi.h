@@ -121,6 +121,7 @@ INLINE __m512i quarter(__m512i codes, int q) {
 // 16 scales of one byte.
 INLINE __m512 widen_scales(__m128i bytes, int32_t type) {
     if (type == SCALE_U8) return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+    if (type == SCALE_I8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
     const __m512 nan = _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN());
     if (type == SCALE_E8M0) {
         const __m512i code = _mm512_cvtepu8_epi32(bytes);
@@ -164,6 +165,7 @@ INLINE void read_scale_row(const Matrix& w, int64_t row, int64_t first, int64_t 
         case FLOAT_BF16: return read_scales<FLOAT_BF16>(w.scale, at, count, outer, scale);
         case SCALE_E8M0: return read_scales<SCALE_E8M0>(w.scale, at, count, outer, scale);
         case SCALE_E4M3: return read_scales<SCALE_E4M3>(w.scale, at, count, outer, scale);
+        case SCALE_I8: return read_scales<SCALE_I8>(w.scale, at, count, outer, scale);
         default: return read_scales<SCALE_U8>(w.scale, at, count, outer, scale);
     }
 }
