@@ -46,9 +46,12 @@ def lp_error(x: Tensor, weights: Tensor, qparams: QParams, spec: QuantSpec) -> T
 
 
 def shrink(residual: Tensor, beta: float) -> Tensor:
-    """sign(r) max(|r| - |r|^(p - 1) / beta, 0): small residuals are to vanish, large ones may stay."""
+    """sign(r) max(|r| - |r|^(p - 1) / beta, 0): small residuals are to vanish, large ones may stay.
+
+    The power is taken in float64: in float32 its last bit depends on where in memory a number lies.
+    """
     size = residual.abs()
-    return (size - size.pow(P - 1).div_(beta)).clamp_(min=0).mul_(residual.sign())
+    return (size - size.double().pow_(P - 1).div_(beta).float()).clamp_(min=0).mul_(residual.sign())
 
 
 def _proposals(x: Tensor, weights: Tensor, start: QParams, spec: QuantSpec) -> Iterator[QParams]:
