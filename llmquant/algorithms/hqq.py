@@ -51,7 +51,7 @@ def shrink(residual: Tensor, beta: float) -> Tensor:
     The power is taken in float64: in float32 its last bit depends on where in memory a number lies.
     """
     size = residual.abs()
-    return (size - size.double().pow_(P - 1).div_(beta).float()).clamp_(min=0).mul_(residual.sign())
+    return (size - size.double().pow_(P - 1).div_(beta).to(size.dtype)).clamp_(min=0).mul_(residual.sign())
 
 
 def _proposals(x: Tensor, weights: Tensor, start: QParams, spec: QuantSpec) -> Iterator[QParams]:

@@ -14,6 +14,7 @@ from llmquant.algorithms.gptq import DAMPING, factorize, gptq, round_columns
 from llmquant.algorithms.search import search
 from llmquant.config.base import WeightOnlyConfig
 from llmquant.errors import BadWeightError, CalibrationError
+from llmquant.primitives.blockfloat import reach
 from llmquant.primitives.blocks import from_blocks, to_blocks
 from llmquant.primitives.granularity import PerGroup
 from llmquant.primitives.spec import QParams, QuantSpec
@@ -88,9 +89,9 @@ def test_it_does_what_elimination_column_by_column_does(scheme: str, columns: in
 @every_case
 def test_its_output_error_is_lower_and_its_weight_error_higher_than_those_of_plain_rounding(case: Case) -> None:
     x, rows = correlated(192), make_weight((12, 192)) * 0.02
-    if case.format.row_scale:
-        rows *= 255 / rows.abs().amax(1, keepdim=True)  # as algorithms get them
     spec = case.config.spec(*rows.shape)
+    if spec.row_scale:
+        rows *= reach(spec) / rows.abs().amax(1, keepdim=True)  # as algorithms get them
     chosen = gptq(stats_of(x), refuse)(rows, None, spec)
     plain = Codes(spec.format.numerics.encode(to_blocks(rows, spec.block), chosen.qparams, spec.format), chosen.qparams)
     plain = plain._replace(codes=from_blocks(plain.codes, *rows.shape, spec.block))
