@@ -81,7 +81,7 @@ def learn_block(
         Of each weight the codes of its matrices (one, or one an expert), for `quantize_weight(..., codes=...)`.
     """
     parts = {name: _Part(block.get_parameter(name), weight) for name, weight in weights.items()}
-    dtype = _dtype(parts.values())
+    dtype = _dtype(block, parts.values(), inputs)
     fixed = {name: p.detach() for name, p in block.named_parameters() if name not in parts}
     best, least = {name: part.codes() for name, part in parts.items()}, float("inf")
     for step, chosen in enumerate(_batches(len(inputs), batch, steps, seed)):
@@ -137,14 +137,25 @@ def _search(matrix: Tensor, learnable: Learnable, index: int) -> Codes:
     return search(rows, importance_of(rows, stats.mean_square), learnable.config.spec(*rows.shape))
 
 
-def _dtype(parts: Iterable[_Part]) -> torch.dtype:
-    """What weights are multiplied in: their own dtype, or bfloat16 for few bits where the processor is fast at it."""
+def _dtype(block: nn.Module, parts: Iterable[_Part], inputs: Sequence[Call]) -> torch.dtype:
+    """What weights are multiplied in: their own dtype, or bfloat16 for few bits where processor and block bear it."""
     found = list(parts)
     own = found[0].weight
     fast = own.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    if fast and own.dtype is torch.float32 and all(part.bits <= _FEW_BITS for part in found):
-        return torch.bfloat16
+    if fast and own.dtype is torch.float32 and all(part.bits <= _FEW_BITS for part in found) and inputs:
+        return torch.bfloat16 if _bears_autocast(block, inputs[0]) else own.dtype
     return own.dtype
+
+
+def _bears_autocast(block: nn.Module, call: Call) -> bool:
+    """Whether a block runs where products alone are bfloat16; some add them to sums of float32 in place."""
+    args, kwargs = call
+    try:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            block(*args, **kwargs)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _batches(count: int, batch: int, steps: int, seed: int) -> Iterator[list[int]]:

@@ -42,6 +42,7 @@ class Traits(NamedTuple):
 
 
 _FEW = 8
+_EXACT = 4  # bfloat16 inputs in int8 codes that meet tables of floats as float32; more would take too long
 # Where torch's product on panels overtakes the set's own: timed at 2048 x 2048, int4-g32, on one thread.
 _HALF, _FLOAT = (torch.float16, torch.bfloat16), (torch.float32,)
 _ALL_FEW = dict.fromkeys(_HALF + _FLOAT, _FEW)
@@ -170,12 +171,12 @@ class Native:
         """The same with x in int8 codes (see `primitives.dynamic`): integer products, float32 scaling.
 
         Tiles (many bfloat16 inputs) take code x scale and the weights as the nearest bfloat16. Weights whose numbers
-        are no few integers (float8, nf4) meet what the activation's codes stand for, where many bfloat16 inputs are
+        are no few integers (float8, nf4) meet what the activation's codes stand for, where several bfloat16 inputs are
         those that are nearest to it.
         """
         if not _are_integers(weight.format) or x.dtype not in library.FLOAT_TYPES:
             seen = dequantize_activation(quantize_activation(x, activation, static), activation)
-            if x.dtype == torch.bfloat16 and seen.numel() > _FEW * weight.columns:
+            if x.dtype == torch.bfloat16 and seen.numel() > _EXACT * weight.columns:
                 seen = seen.to(x.dtype)
             return self.linear(seen, weight, bias).to(x.dtype)
         kind, group = 2 if activation.asymmetric else 1, activation.width(weight.columns)
