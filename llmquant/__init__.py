@@ -136,14 +136,14 @@ _PUBLIC = {
     "llmquant.primitives.stats": ["InputStats"],
     "llmquant.quantize": ["QuantizationReport", "quantize_", "quantize_weight"],
     "llmquant.tensor": ["QuantizedTensor"],
+    "llmquant.tune.awq": ["awq_"],
+    "llmquant.tune.rotate": ["RotationReport", "rotate_"],
+    "llmquant.tune.sequential": ["quantize_with_data_"],
+    "llmquant.tune.sites": ["MigrationReport"],
+    "llmquant.tune.smoothquant": ["smoothquant_"],
     "llmquant.tune.budget": ["choose_mixture", "mixed_precision"],
     "llmquant.tune.mixture": ["Mixture"],
     "llmquant.tune.sensitivity": ["sensitivity"],
-    "llmquant.tune.sequential": ["quantize_with_data_"],
-    "llmquant.tune.awq": ["awq_"],
-    "llmquant.tune.rotate": ["RotationReport", "rotate_"],
-    "llmquant.tune.sites": ["MigrationReport"],
-    "llmquant.tune.smoothquant": ["smoothquant_"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 _PACKAGES = ["qat"]

@@ -62,12 +62,12 @@ class CalibrationError(LlmQuantError):
     """A weight that needs a calibration run and got none, or one that the run cannot say enough about."""
 
 
-class BudgetError(LlmQuantError):
-    """A budget of bits or bytes that no choice of schemes can meet."""
-
-
 class UnknownArchitectureError(LlmQuantError):
     """A model of which it is not known what feeds what, or one that a change of its weights would break."""
+
+
+class BudgetError(LlmQuantError):
+    """A budget of bits or bytes that no choice of schemes can meet."""
 
 
 class CheckpointError(LlmQuantError):

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from llmquant.cli.bench_plot import require_matplotlib
 from llmquant.cli.console import errors, progress_bar, size
 from llmquant.errors import CalibrationError, ConfigError, LlmQuantError
 
@@ -22,67 +21,44 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Budget:
-    """The options of `--bits`. It is false where there is none.
+    """What `--bits` and the options beside it say.
 
     Attributes:
         bits: the most bits per quantized weight.
-        schemes: what to choose from, with commas; None is the usual ones.
+        schemes: to choose from, with commas; None is the usual ones.
+        fixed: what `--set` says.
+        algorithm: for all weights whose format has it; scores are taken with it where it needs no calibration run.
         save_recipe, plot: files to write.
     """
 
-    bits: float | None
-    schemes: str | None = None
+    bits: float
+    schemes: str | None
+    fixed: Mapping[str, Any]
+    algorithm: str | None = None
     save_recipe: Path | None = None
     plot: Path | None = None
 
-    def __bool__(self) -> bool:
-        return self.bits is not None
-
-    def check(self, recipe: str | None, changed: bool) -> None:
-        """Raises `ConfigError` where options do not go together, before anything is loaded.
-
-        Args:
-            recipe: what `--recipe` says: it would say the same as a choice.
-            changed: whether the weights are to be changed before they are quantized.
-        """
-        lone = [name for name in ("schemes", "save_recipe", "plot") if getattr(self, name) is not None]
-        if lone and not self:
-            raise ConfigError(f"--{lone[0].replace('_', '-')} needs --bits", hint="for instance --bits 4.25")
-        if self and recipe is not None:
-            raise ConfigError(
-                "--bits chooses the scheme of every weight, and --recipe names it",
-                hint="keep one of them; --set fixes single weights beside --bits",
-            )
-        if self and changed:
-            raise ConfigError(
-                "--bits scores the weights as they are, not as --rotate, awq or smoothquant leave them",
-                hint="first --bits with --save-recipe FILE, then --recipe FILE with the others",
-            )
-
-    def choose(
-        self, model: str, fixed: Mapping[str, Any], algorithm: str | None, reading: Reading, dtype: str
-    ) -> FqnToConfig:
-        """The config; its recipe and its plot are written, and what was compared is told on stderr.
+    def choose(self, model: str, reading: Reading, dtype: str = "auto") -> FqnToConfig:
+        """The config for a model; its recipe and its plot are written, and what was compared is told on stderr.
 
         Args:
             model: folder or hub id.
-            fixed: what `--set` says.
-            algorithm: for all weights whose format has it; scores are taken with it where it needs no calibration run.
             reading: what scores are taken on.
             dtype: to compute in.
 
         Raises:
             BudgetError and what else `choose_mixture` raises.
         """
+        from llmquant.cli.calibrated import FEW_TOKENS
         from llmquant.config.fqn import FqnToConfig
         from llmquant.tune.budget import SCHEMES, choose_mixture
         from llmquant.tune.scope import parse_schemes
-        from llmquant.tune.sensitivity import TOKENS
 
-        assert self.bits is not None
         if self.plot:
+            from llmquant.cli.bench_plot import require_matplotlib
+
             require_matplotlib()
-        options = with_algorithm(list(parse_schemes(self.schemes or SCHEMES).values()), algorithm)
+        options = with_algorithm(list(parse_schemes(self.schemes or SCHEMES).values()), self.algorithm)
         plain, tokenizer, folder = load_plain(model, dtype)
         with progress_bar("Choosing") as progress:
             found = choose_mixture(
@@ -91,8 +67,8 @@ class Budget:
                 options,
                 reading.text or "builtin",
                 tokenizer=tokenizer,
-                fixed=FqnToConfig(fixed) if fixed else None,
-                tokens=reading.tokens or TOKENS,
+                fixed=FqnToConfig(self.fixed) if self.fixed else None,
+                tokens=FEW_TOKENS if reading.tokens is None else reading.tokens,
                 seed=reading.seed,
                 progress=progress,
             )
@@ -133,6 +109,22 @@ def load_plain(model: str, dtype: str) -> tuple[Any, Any, Path]:
     if source.config.get("is_encoder_decoder"):
         raise CalibrationError("an encoder and a decoder read two texts, of which there is one here", where=model)
     return source.load(), load_tokenizer(source.folder), source.folder
+
+
+def check_unused(options: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for options that mean nothing without `--bits`."""
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"{name} needs --bits", hint="for instance --bits 4.25")
+
+
+def check_alone(recipe: str | None) -> None:
+    """Raises `ConfigError` where a recipe and a budget would both say what each weight gets."""
+    if recipe is not None:
+        raise ConfigError(
+            "--bits chooses the scheme of every weight, and --recipe names it",
+            hint="keep one of them; --set fixes single weights beside --bits",
+        )
 
 
 def print_mixture(found: Mixture) -> None:

@@ -127,21 +127,24 @@ def quantize(
     * `llmquant quantize ./m -o ./q --bits 4.25 --schemes int3-g64,int4-g64,int6-g64 --plot choice.png`
     """
     from llmquant.checkpoint.files import check_target
-    from llmquant.cli.budget import Budget
+    from llmquant.cli.budget import Budget, check_alone, check_unused
     from llmquant.cli.calibrated import Calibrating, Reading
     from llmquant.cli.prepared import Changes, split_algorithm
 
     migrate, algorithm = split_algorithm(algorithm)
-    budget, shard_bytes = Budget(bits, schemes, save_recipe, plot), parse_size(max_shard_size)
-    budget.check(recipe, changed=bool(rotate or migrate))
+    if bits is None:
+        check_unused({"--schemes": schemes, "--save-recipe": save_recipe, "--plot": plot})
+    else:
+        check_alone(recipe)
+    config, shard_bytes = build_config(recipe, set_ or [], algorithm), parse_size(max_shard_size)
     check_target(output, overwrite)  # before the long part
     reading, changes = Reading(calib, calib_tokens, seed, observer), Changes(rotate, rotate_seed, migrate)
-    if budget:
-        config = budget.choose(model, parse_pairs(set_ or []), algorithm, reading, dtype)
-    else:
-        config = build_config(recipe, set_ or [], algorithm)
     with changes.applied(model, output, config, reading, imatrix, dtype) as plain:
-        work = Calibrating(plain, config, reading, imatrix, dtype, was_read=bool(migrate or budget))
+        if bits is not None:
+            budget = Budget(bits, schemes, parse_pairs(set_ or []), algorithm, save_recipe, plot)
+            config = budget.choose(plain, reading, dtype)
+        was_read = migrate is not None or bits is not None
+        work = Calibrating(plain, config, reading, imatrix, dtype, was_read=was_read)
         write = work.by_blocks if work.needs_blocks else work.streamed
         report = write(output, overwrite, shard_bytes)
     for warning in report.warnings:

@@ -49,7 +49,6 @@ def test_a_budget_is_met_on_disk_and_told(plain: Path, tmp_path: Path) -> None:
         (("--bits", "1.0", *FEW), "out of reach: these schemes take [2.5"),
         (("--bits", "4.5", "--recipe", "int8"), "--set fixes single weights"),
         (("--bits", "4.5", "--schemes", "int9"), "unknown scheme"),
-        (("--bits", "4.5", "--rotate", "hadamard"), "--save-recipe FILE"),
         (("--schemes", "int4"), "--schemes needs --bits"),
         (("--bits", "4.5", "--schemes", "int4", "--algorithm", "nonsense"), "nonsense"),
     ],

@@ -11,6 +11,7 @@ from torch import nn
 
 from llmquant import compare_activations, compute_error, quantize_
 from llmquant.errors import LlmQuantError
+from llmquant.measure.activations import ActivationReport, LayerError
 
 
 def test_a_model_does_not_differ_from_itself() -> None:
@@ -94,3 +95,19 @@ def test_outputs_that_are_not_finite_are_refused_by_name() -> None:
 def test_models_without_a_common_layer_are_refused() -> None:
     with pytest.raises(LlmQuantError, match="no layer in common"):
         compare_activations(Chain(), build("llama"), torch.arange(8)[None])
+
+
+@pytest.mark.parametrize(
+    ("sqnr", "decibels", "name"),
+    [
+        ([30, 25, 20, 13, 2], 6, "3"),
+        ([30, 25, 20, 13, 2], 8, "4"),
+        ([30, 25, 20, 13, 2], 12, None),
+        ([30, 10, 28, 9], 6, "1"),
+        ([math.inf, 5, 4], 6, None),  # what goes before has no error to compare with
+    ],
+)
+def test_a_jump_is_a_fall_below_all_before(sqnr: list[float], decibels: float, name: str | None) -> None:
+    rows = tuple(LayerError(str(i), "block", value, 0.0, 1.0) for i, value in enumerate(sqnr))
+    found = ActivationReport(rows, 1, ()).first_jump(decibels)
+    assert (found.name if found else None) == name
