@@ -83,6 +83,8 @@ if TYPE_CHECKING:
     from llmquant.tune.budget import choose_mixture as choose_mixture
     from llmquant.tune.budget import mixed_precision as mixed_precision
     from llmquant.tune.mixture import Mixture as Mixture
+    from llmquant.tune.refine import RefineReport as RefineReport
+    from llmquant.tune.refine import refine_ as refine_
     from llmquant.tune.rotate import RotationReport as RotationReport
     from llmquant.tune.rotate import rotate_ as rotate_
     from llmquant.tune.sensitivity import sensitivity as sensitivity
@@ -137,6 +139,7 @@ _PUBLIC = {
     "llmquant.quantize": ["QuantizationReport", "quantize_", "quantize_weight"],
     "llmquant.tensor": ["QuantizedTensor"],
     "llmquant.tune.awq": ["awq_"],
+    "llmquant.tune.refine": ["RefineReport", "refine_"],
     "llmquant.tune.rotate": ["RotationReport", "rotate_"],
     "llmquant.tune.sequential": ["quantize_with_data_"],
     "llmquant.tune.sites": ["MigrationReport"],

@@ -9,6 +9,9 @@ W - E. There the zero point is a real number and all that is fitted. Here zero p
 - the scale is fitted as well, by least squares of W - E on the codes: for symmetric codes it is all there is to fit;
 - what every iteration proposes is judged by its l_p error as stored, and each block keeps the best, so that no block
   is worse than `rtn`.
+
+The scale starts from the plain one and stays near it. Starting from a grid of scales finds 13 % less l_p error on layers
+of SmolLM2-135M (int4, groups of 64) and ruins the model: the norm forgives clipping (perplexity 298 for 28; search 24).
 """
 
 from __future__ import annotations

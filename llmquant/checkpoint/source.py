@@ -41,9 +41,8 @@ class Source:
     files: tuple[Path, ...]
 
     def extras(self) -> list[Path]:
-        """The files beside the weights that a copy needs: tokenizer, generation config, licence, code."""
-        found = [p for p in sorted(self.folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
-        return [p for p in found if p.name != "config.json" and not p.name.endswith(_WEIGHT_FILES)]
+        """The files beside the weights that a copy needs."""
+        return extras(self.folder)
 
     def load(self) -> Any:
         """The plain model. Its weights are mapped from the files: memory is taken by those that are used or changed."""
@@ -138,6 +137,12 @@ def open_source(model: str | Path, dtype: torch.dtype | None = None) -> Source:
     files = weight_files(folder)
     dtype = dtype or _own_dtype(folder, config, files)
     return Source(folder, config, dtype, build_skeleton(folder, config, dtype), files)
+
+
+def extras(folder: Path) -> list[Path]:
+    """The files of a checkpoint that a copy needs beside weights: tokenizer, generation config, licence, code."""
+    found = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    return [p for p in found if p.name != "config.json" and not p.name.endswith(_WEIGHT_FILES)]
 
 
 def locate(model: str | Path) -> Path:

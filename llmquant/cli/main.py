@@ -7,7 +7,7 @@ import sys
 import typer
 
 import llmquant
-from llmquant.cli import bench, compare, evaluate, info, inspect, quantize, recipes, sensitivity
+from llmquant.cli import bench, compare, evaluate, info, inspect, quantize, recipes, refine, sensitivity
 from llmquant.cli.console import errors
 from llmquant.errors import LlmQuantError
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     epilog="Start with: `llmquant quantize MODEL -o OUT --recipe int4-g32`, then `llmquant eval OUT --baseline MODEL`.",
 )
 app.command("quantize")(quantize.quantize)
+app.command("refine")(refine.refine)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("recipes")(recipes.recipes)

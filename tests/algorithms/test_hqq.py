@@ -39,14 +39,15 @@ def test_hqq_is_better_than_rtn_on_normal_weights(scheme: str) -> None:
     assert 0.5 * plain < found < 0.98 * plain
 
 
-def test_a_symmetric_scale_is_near_the_best_of_a_fine_grid() -> None:
+def test_a_symmetric_scale_lies_between_the_plain_one_and_the_best_of_a_fine_grid() -> None:
+    """It stays near the plain scale: the least l_p error is that of scales that clip far too much (see `hqq`)."""
     case, rows = Case("int3-g64"), make_weight((16, 64))
     spec = case.config.spec(*rows.shape)
     x, weights = blocks_and_weights(rows, None, spec)
     plain = spec.format.numerics.choose_qparams(x, weights, spec)
     trials = [plain._replace(scale=plain.scale * ratio) for ratio in torch.linspace(0.4, 1.3, 100).tolist()]
     best = torch.stack([lp_error(x, weights, trial, spec) for trial in trials]).amin(0)
-    assert 0.99 * best.sum() < lp_error(x, weights, hqq(rows, None, spec).qparams, spec).sum() < 1.08 * best.sum()
+    assert 1.02 * best.sum() < lp_error(x, weights, hqq(rows, None, spec).qparams, spec).sum() < 1.15 * best.sum()
 
 
 def test_the_norm_lets_a_few_errors_be_large() -> None:
