@@ -107,8 +107,9 @@ class QuantConfig:
             )
         if not isinstance(self.granularity, PerGroup):
             assert self.granularity is not None
+            shared = granularity_name(self.granularity)
             raise ConfigError(
-                f"scales of {self.scale_bits} bits are those of groups, not one per {granularity_name(self.granularity)}",
+                f"scales of {self.scale_bits} bits are those of groups, not one per {shared}",
                 hint=f"a group size ({row.name}-g32-s{self.scale_bits}), or leave scale_bits out",
             )
 
