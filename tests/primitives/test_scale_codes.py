@@ -67,7 +67,7 @@ def test_no_group_is_lost_beside_a_large_one(scheme: str) -> None:
 
 @every_scheme
 def test_the_largest_plain_scale_has_room(scheme: str) -> None:
-    """The asymmetric rule reaches 127 where a group spans both signs of the largest; symmetric stays below."""
+    """A group that spans both signs of the largest magnitude: the asymmetric rule reaches 127, the other less."""
     weight = make_weight((4, 64))
     weight[:, 0], weight[:, 1] = 1.0, -1.0
     bits = Case(scheme).format.bits
