@@ -140,11 +140,11 @@ def test_codes_may_be_the_start(folders: Folders) -> None:
     assert 0.01 * work.error(start) < work.error(work.learn(steps=25)) < 0.5 * work.error(start)
 
 
-@pytest.mark.parametrize("scheme", ["int3-g24", "int6-g32"])
+@pytest.mark.parametrize(("scheme", "gain"), [("int3-g24", 0.9), ("int6-g32", 0.98)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_models_of_other_dtypes_learn_too(folders: Folders, dtype: torch.dtype, scheme: str) -> None:
+def test_models_of_other_dtypes_learn_too(folders: Folders, dtype: torch.dtype, scheme: str, gain: float) -> None:
     work = Work(folders, "llama", scheme, dtype)
-    assert work.error(work.learn(steps=10)) < 0.9 * work.error(work.learn(steps=0))
+    assert work.error(work.learn(steps=10)) < gain * work.error(work.learn(steps=0))
 
 
 def test_what_is_worse_than_the_start_is_not_kept(folders: Folders) -> None:
