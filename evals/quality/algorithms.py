@@ -1,0 +1,140 @@
+"""What each algorithm makes of one model: perplexity, divergence, real bits and seconds, one table.
+
+    python evals/quality/algorithms.py MODEL --calib valid.txt --text wiki.test.raw --scheme int4-g64 int3-g64
+
+Models are quantized in the checkpoint's dtype and measured in float32. All linear layers but the head are quantized.
+Rows are printed as they come and kept in a JSON file, so that an interrupted run loses none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from llmquant import quantize_, quantize_with_data_, rotate_
+from llmquant.calibrate.data import calibration_windows
+from llmquant.checkpoint.source import open_source
+from llmquant.cli.console import progress_bar
+from llmquant.config.recipe import to_config, with_algorithm
+from llmquant.integrations.transformers import load_tokenizer
+from llmquant.measure.evaluate import Reference, evaluate
+from llmquant.measure.memory import footprint
+from llmquant.measure.text import load_text
+from llmquant.measure.windows import make_windows, tokenize
+from llmquant.quantize import make_plan
+from llmquant.tune.sequential import runs_by_blocks
+
+ALGORITHMS = ("rtn", "search", "hqq", "gptq", "signround")
+COLUMNS = ("scheme", "algorithm", "rotated", "bits (q)", "perplexity", "of 16 bits", "KL", "top-1", "seconds")
+
+
+def main() -> None:
+    """Measures every combination that the command line asks for."""
+    options = parse()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    source = open_source(options.model)
+    tokenizer = load_tokenizer(source.folder)
+    ids, bos = tokenize(tokenizer, load_text(options.text).content)
+    windows = make_windows(ids, options.context, options.windows, bos)
+    read = calibration_windows(tokenizer, options.calib, tokens=options.tokens, seed=options.seed)
+    rows: list[dict[str, Any]] = []
+    with progress_bar("16 bits") as progress:
+        reference = Reference.compute(source.load().to(torch.float32), windows, progress)
+    with reference:
+        base = float(reference.nll.mean().exp())
+        print(f"16 bits: perplexity {base:.3f}, {windows.shape[0]} windows of {windows.shape[1]}", flush=True)
+        for rotate in [False, True] if options.rotate == "both" else [options.rotate == "yes"]:
+            for scheme in options.scheme:
+                for algorithm in options.algorithm:
+                    rows.append(measure(source, scheme, algorithm, rotate, read, options.steps, windows, reference))
+                    rows[-1]["of 16 bits"] = rows[-1]["perplexity"] / base
+                    print({name: rounded(value) for name, value in rows[-1].items()}, flush=True)
+                    options.json.write_text(json.dumps(rows, indent=2))
+                    gc.collect()
+    show(rows)
+
+
+def parse() -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a plain checkpoint")
+    parser.add_argument("--scheme", nargs="+", default=["int4-g64", "int3-g64"])
+    parser.add_argument("--algorithm", nargs="+", default=ALGORITHMS)
+    parser.add_argument("--rotate", choices=["no", "yes", "both"], default="no", help="by a Hadamard matrix first")
+    parser.add_argument("--calib", default="builtin", help="the text that algorithms read")
+    parser.add_argument("--tokens", type=int, default=65536, help="of it, in windows of 512")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=50, help="of signround")
+    parser.add_argument("--text", default="builtin", help="the text that is measured on")
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=10)
+    parser.add_argument("--json", type=Path, default=Path("algorithms.json"), help="where rows are kept")
+    return parser.parse_args()
+
+
+def measure(
+    source: Any,
+    scheme: str,
+    algorithm: str,
+    rotate: bool,
+    read: torch.Tensor,
+    steps: int,
+    windows: torch.Tensor,
+    reference: Reference,
+) -> dict[str, Any]:
+    """Quantizes a fresh copy of the model and measures it; seconds are those of quantizing."""
+    model = source.load()
+    if rotate:
+        rotate_(model, "hadamard")
+    config = with_algorithm(to_config({"_head": None, "_default": scheme}), algorithm)
+    started = time.perf_counter()
+    with progress_bar(f"{scheme} {algorithm}") as progress:
+        if runs_by_blocks(make_plan(model, config)):
+            report = quantize_with_data_(model, config, read, steps=steps, progress=progress)
+        else:
+            report = quantize_(model, config, progress=progress)
+    seconds = time.perf_counter() - started
+    for warning in report.warnings:
+        print(f"  {warning}")
+    bits = footprint(model).bits_per_quantized_weight
+    with progress_bar("measuring") as progress:
+        found = evaluate(model.to(torch.float32), windows, reference, progress)
+    assert found.kl is not None
+    return {
+        "scheme": scheme,
+        "algorithm": algorithm,
+        "rotated": rotate,
+        "bits (q)": bits,
+        "perplexity": found.perplexity.value,
+        "of 16 bits": 0.0,
+        "KL": found.kl.mean,
+        "top-1": found.top1,
+        "seconds": seconds,
+    }
+
+
+def rounded(value: Any) -> Any:
+    """Floats with four digits."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table for people."""
+    table = Table(*COLUMNS, box=None)
+    for row in rows:
+        table.add_row(*(str(rounded(row[name])) for name in COLUMNS))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
