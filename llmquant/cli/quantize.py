@@ -53,7 +53,8 @@ def quantize(
         str | None,
         typer.Option(
             help="How codes and scales are chosen: search (the default: least-squares scales), rtn (round to nearest), "
-            "or gptq (errors of a column are made up for by later ones; reads a text). awq and smoothquant scale "
+            "hqq (an error that lets outliers be); after reading a text: gptq (errors of a column are made up for by "
+            "later ones), signround (learned on each block's output; best, slowest). awq and smoothquant scale "
             "channels of the plain model by a text, then let search or, as in awq+gptq, another one choose."
         ),
     ] = None,
@@ -81,7 +82,7 @@ def quantize(
     ] = None,
     calib_tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens of it to read, in windows of 512; by default 65536 for gptq, 8192 for the others."),
+        typer.Option(help="Tokens of it to read, in windows of 512; by default 65536 block by block, else 8192."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Which windows of the text are taken.")] = 0,
     observer: Annotated[
