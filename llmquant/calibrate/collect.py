@@ -110,10 +110,15 @@ def collect_stats(
 
 
 def wanted(plan: Plan, imatrix: bool = False) -> list[Asked]:
-    """The weights to watch, and what for."""
+    """The weights to watch, and what for.
+
+    Raises:
+        CalibrationError: for a static activation of an embedding, which has no inputs.
+    """
+    needing = plan.calibrated
     importance = frozenset([MEAN_SQUARE] if imatrix else [])
     found = [
-        Asked(c, (needed_stats(config) - {MODEL}) | importance, config.activation)
+        Asked(c, importance | (needed_stats(config) - {MODEL} if c.name in needing else frozenset()), config.activation)
         for c, config in plan.chosen
         if not is_embedding(c)
     ]

@@ -35,6 +35,7 @@ from torch import nn
 import llmquant
 from llmquant import FqnToConfig, Int4WeightOnlyConfig, LlmQuantConfig, QuantizedTensor, load_recipe, quantize_
 from llmquant.checkpoint.manifest import verify
+from llmquant.config.recipe import to_config
 from llmquant.errors import BadWeightError, CheckpointError, ConfigError, NothingToQuantizeError, UnmatchedKeyError
 from llmquant.integrations.transformers import load_tokenizer
 from llmquant.primitives.dynamic import Activation
@@ -335,7 +336,7 @@ def test_an_in_memory_model_is_marked_as_a_loaded_one(family: str, folders: Fold
         assert model.hf_quantizer.is_serializable() and model.hf_quantizer.is_trainable
         content = json.loads(model.config.to_json_string())["quantization_config"]
         assert content["quant_method"] == "llmquant"
-        assert FqnToConfig(dict(llmquant.quantize.to_config(content["config"]).items())) == CONFIGS[family]
+        assert FqnToConfig(dict(to_config(content["config"]).items())) == CONFIGS[family]
 
 
 def test_a_deep_copy_is_independent_and_complete(folders: Folders, tmp_path: Path) -> None:
