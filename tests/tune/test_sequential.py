@@ -15,7 +15,7 @@ from llmquant.calibrate.watch import weighed
 from llmquant.config.fqn import FqnToConfig
 from llmquant.config.recipe import to_config, with_algorithm
 from llmquant.errors import CalibrationError, ConfigError
-from llmquant.quantize import QuantizationReport, quantize_
+from llmquant.quantize import QuantizationReport, quantize_, quantize_weight
 from llmquant.tensor import QuantizedTensor
 from llmquant.tune.sequential import quantize_with_data_
 
@@ -96,6 +96,24 @@ def test_a_block_meets_what_the_quantized_blocks_before_it_give(folders: Folders
     assert not any(equal for name, equal in same.items() if ".layers.1." in name)
 
 
+@pytest.mark.parametrize("scheme", ["int3-g32", "int4-g32", "mxfp4"])
+def test_every_layer_errs_less_at_its_output_and_more_in_its_weight_than_by_plain_rounding(
+    scheme: str, folders: Folders
+) -> None:
+    model = load(folders("llama"))
+    config = with_algorithm(to_config(scheme), "gptq")
+    stats = collect_stats(model, config, some_tokens(40))
+    assert len(stats) == 15
+    for name, own in stats.items():
+        weight = model.get_parameter(name).detach()
+        errors = {}
+        for algorithm in ("rtn", "gptq"):
+            chosen = config.fqn_to_config["_default"].with_algorithm(algorithm)
+            error = (quantize_weight(weight, chosen, own).dequantize() - weight).double()
+            errors[algorithm] = float((error @ own.hessian.double() * error).sum()), float(error.square().sum())
+        assert errors["gptq"][0] < errors["rtn"][0] and errors["gptq"][1] > errors["rtn"][1], name
+
+
 def test_experts_that_saw_few_tokens_are_named(folders: Folders) -> None:
     report = quantize_with_data_(load(folders("mixtral")), GPTQ, some_tokens(1, 24))
     assert any("too few tokens chose" in w and "experts" in w for w in report.warnings)
@@ -169,8 +187,6 @@ def test_what_is_finished_is_not_done_again(folders: Folders, tmp_path: Path, mo
 
 
 def _noting(done: list[Any]) -> Any:
-    from llmquant.quantize.weight import quantize_weight
-
     def noting(*args: Any, **kwargs: Any) -> QuantizedTensor:
         done.append(args)
         return quantize_weight(*args, **kwargs)
