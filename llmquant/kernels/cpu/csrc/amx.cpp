@@ -36,7 +36,7 @@ constexpr int64_t MOST_PACKED = 16 << 20;    // bytes of inputs that are packed 
 // tables that integers are just near to (nf4), and for those of bytes, which vectors multiply as float32.
 constexpr int64_t FEWEST_PLAIN[] = {12, 16, 10}, FEWEST_WIDE[] = {18, 16, 12}, FEWEST_NEAR[] = {12, 12, 6}, FEWEST_BYTES = 5;
 // Of int8 codes: as they are; as bfloat16, symmetric ones (one plane in vectors) and asymmetric ones.
-constexpr int64_t FEWEST_CODES = 6, FEWEST_SYMMETRIC = 16, FEWEST_ASYMMETRIC = 10;
+constexpr int64_t FEWEST_CODES = 6, FEWEST_SYMMETRIC = 20, FEWEST_ASYMMETRIC = 10;
 
 // Up to four tiles of sums: one or two tiles of rows against one or two of tokens, over a piece's chunks. The tiles may
 // still hold the sums of the block before, which go to `before`. Meanwhile `lines` cache lines a chunk are fetched.
