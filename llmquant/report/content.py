@@ -1,0 +1,69 @@
+"""A report before it takes a form: sections with their pictures and words, shared by page and Markdown."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llmquant.report.bars import draw_memory, draw_speed
+from llmquant.report.confidence import draw_confidence
+from llmquant.report.heat import draw_heat
+from llmquant.report.pareto_plot import draw_kl, draw_perplexity
+from llmquant.report.picture import Picture
+from llmquant.report.rows import Row
+from llmquant.report.sections import Section, split
+
+Painter = Callable[[Section, str], Picture | None]
+_BY_TEXT: tuple[Painter, ...] = (draw_kl, draw_perplexity, draw_confidence)
+_BY_MODEL: tuple[Painter, ...] = (draw_memory, draw_speed, draw_heat)  # figures that no text changes
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A section with its pictures.
+
+    Attributes:
+        slug: its name in files and links, unique in the report.
+    """
+
+    section: Section
+    slug: str
+    pictures: tuple[Picture, ...]
+
+    @property
+    def rows(self) -> list[Row]:
+        """Reference, noise floor and candidates."""
+        section = self.section
+        return [*(row for row in (section.reference, section.noise) if row), *section.candidates]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of a report."""
+
+    title: str
+    chapters: tuple[Chapter, ...]
+    rows: tuple[Row, ...]
+
+
+def compose(rows: Sequence[Row]) -> Report:
+    """Draws what the rows hold: a chapter for each model and text."""
+    chapters: list[Chapter] = []
+    for section in split(rows):
+        first = all(chapter.section.model != section.model for chapter in chapters)
+        slug = slug_of(section.model, section.text)
+        painters = (*_BY_TEXT, *(_BY_MODEL if first else ()))
+        pictures = tuple(picture for paint in painters if (picture := paint(section, slug)))
+        chapters.append(Chapter(section, slug, pictures))
+    studies = dict.fromkeys(row.study for row in rows if row.study)
+    return Report(", ".join(studies) or "Results", tuple(chapters), tuple(rows))
+
+
+def slug_of(model: str, text: str) -> str:
+    """A name for files and ids: letters, digits and hyphens; what that loses is kept apart by a fingerprint."""
+    name = f"{model} {text}".strip()
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()[:60]
+    exact = name == plain.replace("-", " ")
+    return plain if exact else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}".strip("-")
