@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Series:
-    """Bars of one colour: their name, a value a row (None: no bar), and the words at their ends."""
+class Panel:
+    """Bars below one heading: a value a row (None: no bar), and the words at their ends."""
 
-    name: str
+    heading: str
     role: str
     values: Sequence[float | None]
     words: Sequence[str]
@@ -30,30 +30,26 @@ class Series:
 def draw_memory(section: Section, name: str) -> Picture | None:
     """Bytes on disk and of weights, and the peak of a process of its own; None where nothing is known."""
     rows = [row for row in (section.reference, *section.candidates) if row and row.bytes]
-    disk, weights, peak = (
-        Series(title, role, values, [numbers.size(value) for value in values])
-        for title, role, values in (
-            ("on disk", "accent", [row.bytes.disk if row.bytes else None for row in rows]),
-            ("weights in memory", "second", [row.bytes.weights if row.bytes else None for row in rows]),
-            ("peak of the process", "third", [row.bytes.peak_rss if row.bytes else None for row in rows]),
+    panels = [
+        _bytes(rows, heading, field, role)
+        for heading, field, role in (
+            ("On disk", "disk", "accent"),
+            ("Weights in memory", "weights", "second"),
+            ("Peak of the process", "peak_rss", "third"),
         )
-    )
-    panels = [("Disk and weights", [disk, weights]), ("Peak resident memory", [peak])]
+    ]
     caption = "Peak: the largest resident memory of a process that did nothing but this evaluation."
-    return _draw(f"{name}-memory", "Memory", caption, rows, panels, line=None)
+    return _draw((f"{name}-memory", "Memory", caption), section, rows, panels)
 
 
 def draw_speed(section: Section, name: str) -> Picture | None:
     """Tokens a second over the reference's of the same run, for prompts and for single tokens; None where not timed."""
     rows = [row for row in section.candidates if row.speed]
-    panels = [
-        (title, [_speed(rows, field, role)])
-        for title, field, role in (("Prefill", "prefill", "second"), ("Decode", "decode", "accent"))
-    ]
+    panels = [_speed(rows, "Prefill", "prefill", "second"), _speed(rows, "Decode", "decode", "accent")]
     setups = dict.fromkeys((row.speed.threads, row.speed.prompt) for row in rows if row.speed)
-    told = "; ".join(f"{threads} threads, prompts of {prompt} tokens" for threads, prompt in setups)
-    caption = f"Times the 16-bit model's tokens a second, timed in turns ({told}). The dashed line is the 16-bit model."
-    return _draw(f"{name}-speed", "Speed against 16 bits", caption, rows, panels, line=1.0)
+    told = "; ".join(f"threads: {threads}, tokens of the prompt: {prompt}" for threads, prompt in setups)
+    caption = f"Tokens a second over the 16-bit model's (the dashed line), timed in turns. {told.capitalize()}."
+    return _draw((f"{name}-speed", "Speed against 16 bits", caption), section, rows, panels, line=1.0)
 
 
 def speedup(row: Row, field: str) -> float | None:
@@ -62,81 +58,76 @@ def speedup(row: Row, field: str) -> float | None:
     return own / other if own is not None and other else None
 
 
-def _speed(rows: Sequence[Row], field: str, role: str) -> Series:
+def _bytes(rows: Sequence[Row], heading: str, field: str, role: str) -> Panel:
+    values = [getattr(row.bytes, field, None) for row in rows]
+    return Panel(heading, role, values, [numbers.size(value) for value in values])
+
+
+def _speed(rows: Sequence[Row], heading: str, field: str, role: str) -> Panel:
     ratios = [speedup(row, field) for row in rows]
-    rates = [getattr(row.speed, field) for row in rows]
-    words = [f"{numbers.times(r)}  {numbers.plain(1)(rate)}/s" for r, rate in zip(ratios, rates, strict=True)]
-    return Series(field, role, ratios, words)
+    rates = [numbers.plain(1)(getattr(row.speed, field, None)) for row in rows]
+    words = [f"{numbers.times(ratio)}  ({rate}/s)" for ratio, rate in zip(ratios, rates, strict=True)]
+    return Panel(heading, role, ratios, words)
 
 
 def _draw(
-    name: str, title: str, caption: str, rows: Sequence[Row], panels: list[tuple[str, list[Series]]], line: float | None
+    words: tuple[str, str, str],
+    section: Section,
+    rows: Sequence[Row],
+    panels: Sequence[Panel],
+    line: float | None = None,
 ) -> Picture | None:
-    """A panel beside the other, a group of bars a row; panels without a bar are left out."""
-    panels = [(heading, _shown(series)) for heading, series in panels if _shown(series)]
+    """A panel beside the other, a bar a row; panels without a bar are left out, and None is a picture without any."""
+    name, title, caption = words
+    panels = [panel for panel in panels if any(value is not None for value in panel.values)]
     if not panels:
         return None
     with drawing():
-        figure = _figure(len(rows), max(len(series) for _, series in panels))
-        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        figure = _figure(len(rows))
         titles: dict[str, str] = {}
-        for number, (panel, (heading, series)) in enumerate(zip(axes, panels, strict=True)):
-            titles |= _draw_panel(panel, heading, series, rows, f"bar-{number}", line)
-        _name_rows(axes[0], rows)
+        for number, (axes, panel) in enumerate(zip(_axes(figure, len(panels)), panels, strict=True)):
+            titles |= _draw_panel(axes, panel, rows, f"bar-{number}", line)
+        _name_rows(figure.axes[0], section, rows)
     return Picture(name, title, caption, f"{title}: bars of {len(rows)} models", figure, titles)
 
 
-def _shown(series: Sequence[Series]) -> list[Series]:
-    return [one for one in series if any(value is not None for value in one.values)]
-
-
-def _figure(rows: int, bars: int) -> Figure:
+def _figure(rows: int) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.6, 0.75 + rows * (0.14 + 0.13 * bars)), layout="constrained")
+    figure = Figure(figsize=(9.6, 0.45 + 0.215 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _draw_panel(
-    axes: Axes, heading: str, series: list[Series], rows: Sequence[Row], gid: str, line: float | None
-) -> dict[str, str]:
+def _axes(figure: Figure, count: int) -> list[Axes]:
+    return list(figure.subplots(1, count, squeeze=False, sharey=True)[0])
+
+
+def _draw_panel(axes: Axes, panel: Panel, rows: Sequence[Row], gid: str, line: float | None) -> dict[str, str]:
     """One panel; returns what hovering over its bars shows."""
-    height, titles = 0.8 / len(series), {}
-    for index, one in enumerate(series):
-        for place, (value, words) in enumerate(zip(one.values, one.words, strict=True)):
-            if value is not None:
-                middle = place + (index - (len(series) - 1) / 2) * height
-                bar = axes.barh(middle, value, height=0.86 * height, color=colour(one.role))[0]
-                bar.set_gid(f"{gid}-{index}-{place}")
-                titles[f"{gid}-{index}-{place}"] = f"{rows[place].label}\n{one.name}: {words}"
-                axes.annotate(
-                    words, (value, middle), xytext=(3, 0), textcoords="offset points", va="center", fontsize=6.5,
-                    color=colour("muted"),
-                )  # fmt: skip
-    _dress(axes, heading, series, line)
-    return titles
-
-
-def _dress(axes: Axes, heading: str, series: list[Series], line: float | None) -> None:
-    """Title with the colours' names, room for the words at the ends, no scale where the words say it all."""
-    from matplotlib.patches import Patch
-
-    longest = max(value for one in series for value in one.values if value is not None)
-    axes.set_xlim(0, 1.3 * max(longest, line or 0) or 1)
-    axes.set_title(heading, fontsize=9, loc="left", fontweight="bold")
+    titles = {}
+    for place, (value, words) in enumerate(zip(panel.values, panel.words, strict=True)):
+        if value is not None:
+            bar = axes.barh(place, value, height=0.66, color=colour(panel.role))[0]
+            bar.set_gid(f"{gid}-{place}")
+            titles[f"{gid}-{place}"] = f"{rows[place].label}\n{panel.heading}: {words}"
+            look: dict[str, Any] = {"fontsize": 7.5, "color": colour("muted"), "va": "center_baseline"}
+            axes.annotate(words, (value, place), xytext=(3, 0), textcoords="offset points", **look)
+    longest = max(value for value in panel.values if value is not None)
+    axes.set_xlim(0, 1.45 * max(longest, line or 0) or 1)
+    axes.set_title(panel.heading, fontsize=9, loc="left", fontweight="bold")
     axes.set_xticks([])
+    axes.tick_params(axis="y", length=0)
     axes.spines["bottom"].set_visible(False)
     if line is not None:
         axes.axvline(line, color=colour("noise"), linewidth=1, linestyle=(0, (4, 3)), zorder=3)
-    if len(series) > 1:
-        handles: list[Any] = [Patch(color=colour(one.role), label=one.name) for one in series]
-        axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(series), frameon=False,
-                    fontsize=8, borderpad=0.1, handlelength=1)  # fmt: skip
+    return titles
 
 
-def _name_rows(axes: Axes, rows: Sequence[Row]) -> None:
+def _name_rows(axes: Axes, section: Section, rows: Sequence[Row]) -> None:
+    """Names at the left, those of the best in bold."""
     axes.set_yticks(range(len(rows)), [shorten(row.label) for row in rows], color=colour("ink"))
-    axes.tick_params(axis="y", length=0)
+    for text, row in zip(axes.get_yticklabels(), rows, strict=True):
+        text.set_fontweight("bold" if any(row is best for best in section.best) else "normal")
     axes.set_ylim(len(rows) - 0.45, -0.55)

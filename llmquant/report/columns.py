@@ -1,4 +1,4 @@
-"""The columns of the table of candidates, shared by page and Markdown: a figure, its error, and how both are written."""
+"""The columns of the table of candidates, shared by page and Markdown: a figure, its error, how they are written."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _change(value: float | None) -> str:
 
 COLUMNS = (
     Column("disk", "bytes of the checkpoint's files", _path("bytes.disk"), numbers.size, brief=True),
-    Column("of 16 bits", "bytes over the reference's", lambda row, section: section.share(row), numbers.share, brief=True),
+    Column("of 16 bits", "bytes over the reference's", lambda row, of: of.share(row), numbers.share, brief=True),
     Column("bits", "bits a weight, embeddings included", _path("bytes.bits_per_weight"), numbers.plain(2), brief=True),
     Column(
         "bits, no emb.", "bits a weight without embeddings", _path("bytes.bits_per_weight_without_embeddings"),
@@ -70,7 +70,9 @@ COLUMNS = (
     Column("KL max", "the worst token", _path("kl.max"), numbers.nats),
     Column("top-1", "same most likely token as 16 bits", _path("top1"), numbers.share, brief=True),
     Column("Δp RMS", "root mean square change of the true token's probability", _path("delta_p_rms"), numbers.share),
-    Column("perplexity", "of the tokens", _path("perplexity.value"), numbers.perplexity, _path("perplexity.stderr"), True),
+    Column(
+        "perplexity", "of the tokens", _path("perplexity.value"), numbers.perplexity, _path("perplexity.stderr"), True,
+    ),
     Column(
         "change", "of perplexity, paired with 16 bits", _path("perplexity.change"), _change,
         _path("perplexity.change_stderr"), True,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmquant.report import numbers
-from llmquant.report.labels import Box, place
-from llmquant.report.picture import Picture, shorten
+from llmquant.report.naming import Name, write_names
+from llmquant.report.picture import Picture
 from llmquant.report.rows import Confidence, Row
 from llmquant.report.sections import Section
 from llmquant.report.theme import colour, drawing
@@ -27,7 +27,7 @@ def draw_confidence(section: Section, name: str) -> Picture | None:
         titles: dict[str, str] = {}
         for number, row in enumerate(rows):
             titles |= _draw_line(axes, row, number)
-        _name_lines(axes, rows)
+        _names(axes, rows)
     caption = (
         "Mean KL of the tokens by the probability that the 16-bit model gave its likeliest continuation. "
         "Errors at the right change answers that the model was sure of."
@@ -38,9 +38,8 @@ def draw_confidence(section: Section, name: str) -> Picture | None:
 
 def _bins(row: Row) -> list[Confidence]:
     """Bins with tokens, and a mean that a logarithm can show."""
-    return [
-        one for one in (row.kl.by_confidence if row.kl else ()) if one.tokens and one.mean is not None and one.mean > 0
-    ]
+    bins = row.kl.by_confidence if row.kl else ()
+    return [one for one in bins if one.tokens and one.mean is not None and one.mean > 0]
 
 
 def _axes() -> Axes:
@@ -76,23 +75,8 @@ def _draw_line(axes: Axes, row: Row, number: int) -> dict[str, str]:
     return titles
 
 
-def _name_lines(axes: Axes, rows: list[Row]) -> None:
+def _names(axes: Axes, rows: list[Row]) -> None:
     """The candidates' names behind the last points of their lines, where there is room."""
-    figure = axes.get_figure(root=True)
-    renderer = figure.canvas.get_renderer()  # type: ignore[union-attr]
-    ends = [(_bins(row)[-1], row) for row in rows]
-    pixels = [tuple(axes.transData.transform(((one.low + one.high) / 2, one.mean or 0.0))) for one, _ in ends]
-    texts = [axes.text(0, 0, shorten(row.label), va="center", fontsize=8) for _, row in ends]
-    extents = [text.get_window_extent(renderer) for text in texts]
-    frame = axes.get_window_extent(renderer)
-    boxes = place(
-        pixels,
-        [(e.width, e.height) for e in extents],
-        Box(frame.x0, frame.y0, frame.x1, frame.y1),
-        figure.dpi / 12,  # type: ignore[union-attr]
-    )
-    for text, box in zip(texts, boxes, strict=True):
-        if box is None:
-            text.remove()
-        else:
-            text.set_position(axes.transData.inverted().transform((box.left, (box.bottom + box.top) / 2)))
+    axes.set_ylim(axes.get_ylim())  # settles the scale, which names are placed by
+    ends = [((last.low + last.high) / 2, last.mean or 0.0) for last in (_bins(row)[-1] for row in rows)]
+    write_names(axes, [Name(x, y, row.label, bold=True) for (x, y), row in zip(ends, rows, strict=True)])

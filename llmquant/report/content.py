@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 
 from llmquant.report.bars import draw_memory, draw_speed
 from llmquant.report.confidence import draw_confidence
@@ -53,7 +53,7 @@ def compose(rows: Sequence[Row]) -> Report:
     chapters: list[Chapter] = []
     for section in split(rows):
         first = all(chapter.section.model != section.model for chapter in chapters)
-        slug = slug_of(section.model, section.text)
+        slug = slug_of(section, [chapter.slug for chapter in chapters])
         painters = (*_BY_TEXT, *(_BY_MODEL if first else ()))
         pictures = tuple(picture for paint in painters if (picture := paint(section, slug)))
         chapters.append(Chapter(section, slug, pictures))
@@ -61,9 +61,8 @@ def compose(rows: Sequence[Row]) -> Report:
     return Report(", ".join(studies) or "Results", tuple(chapters), tuple(rows))
 
 
-def slug_of(model: str, text: str) -> str:
-    """A name for files and ids: letters, digits and hyphens; what that loses is kept apart by a fingerprint."""
-    name = f"{model} {text}".strip()
-    plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()[:60]
-    exact = name == plain.replace("-", " ")
-    return plain if exact else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}".strip("-")
+def slug_of(section: Section, taken: Sequence[str]) -> str:
+    """A name for files and ids: letters, digits and hyphens, and a number where that is taken."""
+    plain = re.sub(r"[^a-z0-9]+", "-", f"{section.model} {section.text}".lower()).strip("-")[:60] or "section"
+    names = chain([plain], (f"{plain}-{number}" for number in count(2)))
+    return next(name for name in names if name not in taken)

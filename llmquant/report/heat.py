@@ -56,9 +56,8 @@ def draw_heat(section: Section, name: str) -> Picture | None:
         for number, (axes, row, places) in enumerate(zip(panels, shown, maps, strict=True)):
             titles |= _draw_map(axes, row, places, (min(values), max(values)), f"cell-{number}")
         _draw_scale(figure, min(values), max(values))
-    left = (
-        f" {len(shown)} of {len(rows)} candidates are shown; results.jsonl has all." if len(shown) < len(rows) else ""
-    )
+    few = len(shown) < len(rows)
+    left = f" {len(shown)} of {len(rows)} candidates are shown; results.jsonl has all." if few else ""
     caption = (
         f"SQNR of each weight against the 16-bit one: 20 dB is an error of a tenth. Rows are blocks.{left} "
         "Where several weights share a place, as experts do, the worst one counts."

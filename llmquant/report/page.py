@@ -1,4 +1,4 @@
-"""`report.html`: one file that needs nothing else. The template escapes all it is given, but the pictures drawn here."""
+"""`report.html`: one file that needs nothing else. The template escapes all but the pictures drawn here."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _tiles(chapter: Chapter) -> list[tuple[str, str, str]]:
     for limit in LIMITS:
         found = smallest_within(section, limit)
         row = found.sure or found.measured
-        doubt = "" if row is None or found.sure else ", by its mean alone"
+        doubt = "" if row is None or found.sure else "; within, but not beyond its error"
         details = _details(chapter, row) + doubt if row else "no candidate stays within"
         tiles.append((f"smallest within {100 * limit:.0f} %", row.label if row else numbers.MISSING, details))
     return tiles

@@ -57,14 +57,8 @@ def _row_of_record(record: dict[str, Any], file: Path) -> Row:
     _check_schema(record, _RECORD_SCHEMA, str(file))
     protocol = record.get("protocol") or {}
     seconds = {"evaluate": record.get("seconds")}
-    named = {
-        "label": str(record.get("model")),
-        "kind": "candidate",
-        "status": "done",
-        "text": str(protocol.get("text")),
-    }
-    known = {name: value for name, value in record.items() if name != "seconds"}
-    return _validated({**known, **named, "seconds": seconds}, str(file))
+    named = {"label": str(record.get("model")), "text": str(protocol.get("text")), "seconds": seconds}
+    return _validated({**record, "kind": "candidate", "status": "done", **named}, str(file))
 
 
 def _rows_of_lines(text: str, file: Path) -> list[Row]:

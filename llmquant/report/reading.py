@@ -158,7 +158,8 @@ class Step:
 
 def steps(section: Section, shares: Sequence[float] = (0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.75)) -> list[Step]:
     """The best candidate by KL within each share of the reference's bytes; a step that changes nothing is left out."""
-    whole, found = section.size(section.reference), []
+    whole = section.size(section.reference)
+    found: list[Step] = []
     for share in shares if whole else ():
         fitting = [row for row in section.best if (section.size(row) or 0.0) <= share * (whole or 0.0)]
         if fitting and (not found or found[-1].row is not fitting[-1]):

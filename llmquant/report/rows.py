@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 SCHEMA = 1
+_CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ufffe\\uffff]")
 
 
 def _printable(text: str) -> str:
     """The text with control characters replaced (all but line ends and tabs): XML and terminals would act on them."""
-    return "".join(
-        c if c in "\n\t" or (c >= " " and not "\x7f" <= c < "\xa0") else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 Words = Annotated[str, AfterValidator(_printable)]
@@ -113,7 +113,7 @@ class Metric(_Part):
 class Task(_Part):
     """What the harness found on one task."""
 
-    version: float | Words | None = None
+    version: int | float | Words | None = None
     metrics: dict[Words, Metric] = {}
 
 

@@ -1,4 +1,4 @@
-"""Rows, sorted into what belongs in one picture: the candidates of a model on a text, their reference and noise floor."""
+"""Rows, sorted into what belongs in one picture: the candidates of a model on a text and what they are held against."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Section:
 
 
 def sound(row: Row) -> bool:
-    """Whether all logits of a cell were finite; the figures of others are of the remaining tokens, and compare to none."""
+    """Whether all logits of a cell were finite; figures of others leave tokens out, and compare to none."""
     return not row.nonfinite or not (row.nonfinite.logits or row.nonfinite.tokens)
 
 

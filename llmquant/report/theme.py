@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from llmquant.errors import MissingDependencyError
 
@@ -27,7 +28,7 @@ COLOURS = {
 # Blocks of the heat map from little to much, readable on both papers (after viridis, without its darkest end).
 SCALE = ("#48287a", "#3f4a8a", "#33638d", "#287d8e", "#1f978b", "#29af7f", "#58c765", "#98d83e", "#dfe318")
 
-_SETTINGS = {
+_SETTINGS: dict[str, Any] = {
     "font.family": ["DejaVu Sans"],  # matplotlib brings it, and the page's fonts are no wider
     "font.size": 8.5,
     "text.parse_math": False,  # a label is a label, whatever its dollar signs
@@ -56,10 +57,11 @@ def drawing() -> Iterator[None]:
     """Matplotlib, set the same wherever and whenever a picture is made."""
     import matplotlib
 
-    inks = {key: colour("ink") for key in _INKED} | {key: colour("muted") for key in _MUTED}
+    settings: dict[Any, Any] = {**_SETTINGS, "grid.color": colour("grid")}
+    settings |= {key: colour("ink") for key in _INKED} | {key: colour("muted") for key in _MUTED}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # what a user's own file sets would change the pictures
-        matplotlib.rcParams.update({**_SETTINGS, **inks, "grid.color": colour("grid")})
+        matplotlib.rcParams.update(settings)
         yield
 
 
