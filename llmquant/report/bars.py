@@ -113,7 +113,7 @@ def _draw_panel(axes: Axes, panel: Panel, rows: Sequence[Row], gid: str, line: f
             bar.set_gid(f"{gid}-{place}")
             titles[f"{gid}-{place}"] = f"{rows[place].label}\n{panel.heading}: {words}"
             look: dict[str, Any] = {"fontsize": 7.5, "color": colour("muted"), "va": "center_baseline"}
-            axes.annotate(words, (value, place), xytext=(3, 0), textcoords="offset points", **look)
+            axes.annotate(words, (max(value, line or 0), place), xytext=(3, 0), textcoords="offset points", **look)
     longest = max(value for value in panel.values if value is not None)
     axes.set_xlim(0, 1.45 * max(longest, line or 0) or 1)
     axes.set_title(panel.heading, fontsize=9, loc="left", fontweight="bold")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmquant.report.picture import Picture, shorten
 from llmquant.report.rows import Layer, Row
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Place = tuple[int | None, str]  # block (None: outside of the blocks) and kind of module
 _PANELS = 6
+_LEAST_SPAN = 3.0  # dB
 
 
 def place_of(fqn: str) -> Place:
@@ -41,26 +42,26 @@ def worst(layers: Sequence[Layer]) -> dict[Place, Layer]:
 
 
 def draw_heat(section: Section, name: str) -> Picture | None:
-    """SQNR of the weights of the best candidates, side by side on one scale; None where no layers are known."""
+    """SQNR of the weights of the best candidates, side by side; None where no layers are known."""
     rows = [row for row in section.candidates if worst(row.layers)]
     best = [row for row in rows if any(row is other for other in section.best)]
     shown = _spread(best or rows, _PANELS)
     if not shown:
         return None
     maps = [worst(row.layers) for row in shown]
-    values = [layer.sqnr for places in maps for layer in places.values() if layer.sqnr is not None]
     with drawing():
         figure = _figure(maps)
         panels = figure.subplots(1, len(shown), squeeze=False)[0]
         titles: dict[str, str] = {}
         for number, (axes, row, places) in enumerate(zip(panels, shown, maps, strict=True)):
-            titles |= _draw_map(axes, row, places, (min(values), max(values)), f"cell-{number}")
-        _draw_scale(figure, min(values), max(values))
+            titles |= _draw_map(axes, row, places, f"cell-{number}")
+        _draw_scale(figure)
     few = len(shown) < len(rows)
     left = f" {len(shown)} of {len(rows)} candidates are shown; results.jsonl has all." if few else ""
     caption = (
-        f"SQNR of each weight against the 16-bit one: 20 dB is an error of a tenth. Rows are blocks.{left} "
-        "Where several weights share a place, as experts do, the worst one counts."
+        "SQNR of each weight against the 16-bit one: 20 dB is an error of a tenth. Rows are blocks; colours go from "
+        f"the worst to the best weight of each candidate.{left} Where weights share a place (experts), the worst "
+        "counts."
     )
     return Picture(f"{name}-layers", "Error by layer", caption, "Heat map of the error by layer", figure, titles)
 
@@ -78,11 +79,11 @@ def _figure(maps: Sequence[dict[Place, Layer]]) -> Figure:
 
     blocks = max(len(_blocks(places)) for places in maps)
     names = max(len(kind) for places in maps for _, kind in places)
-    height = 1.0 + 0.075 * names + min(6.0, max(1.0, 0.13 * blocks))
+    height = 1.02 + 0.06 * names + min(6.0, max(1.0, 0.13 * blocks))
     figure = Figure(figsize=(9.6, height))
     FigureCanvasAgg(figure)
-    bottom = (0.62 + 0.075 * names) / height
-    figure.subplots_adjust(left=0.035, right=0.99, bottom=bottom, top=1 - 0.28 / height, wspace=0.18)
+    bottom = (0.45 + 0.06 * names) / height
+    figure.subplots_adjust(left=0.035, right=0.99, bottom=bottom, top=1 - 0.42 / height, wspace=0.18)
     return figure
 
 
@@ -90,11 +91,12 @@ def _blocks(places: dict[Place, Layer]) -> list[int]:
     return sorted({block for block, _ in places if block is not None}) or [0]
 
 
-def _draw_map(axes: Axes, row: Row, places: dict[Place, Layer], ends: tuple[float, float], gid: str) -> dict[str, str]:
+def _draw_map(axes: Axes, row: Row, places: dict[Place, Layer], gid: str) -> dict[str, str]:
     """One candidate; a weight outside of the blocks fills its column. Returns what hovering over a cell shows."""
     from matplotlib.patches import Rectangle
 
     blocks, kinds = _blocks(places), list(dict.fromkeys(kind for _, kind in places))
+    ends = _ends(places)
     titles = {}
     for index, ((block, kind), layer) in enumerate(places.items()):
         top, tall = (0, len(blocks)) if block is None else (blocks.index(block), 1)
@@ -104,7 +106,10 @@ def _draw_map(axes: Axes, row: Row, places: dict[Place, Layer], ends: tuple[floa
         titles[f"{gid}-{index}"] = f"{layer.fqn}\n{layer.sqnr:.1f} dB, {layer.format or ''}".rstrip(", ")
         axes.add_patch(cell)
     axes.set(xlim=(0, len(kinds)), ylim=(len(blocks), 0))
-    axes.set_title(shorten(row.label), fontsize=8.5, loc="left", fontweight="bold")
+    axes.set_title(shorten(row.label), fontsize=8.5, loc="left", fontweight="bold", pad=17)
+    axes.annotate(
+        _range(places), (0, 1), xycoords="axes fraction", xytext=(0, 5), textcoords="offset points", fontsize=7
+    )
     axes.set_xticks([place + 0.5 for place in range(len(kinds))], kinds, rotation=90, fontsize=6.5)
     ticks = range(0, len(blocks), max(1, len(blocks) // 6))
     axes.set_yticks([place + 0.5 for place in ticks], [str(blocks[place]) for place in ticks], fontsize=6.5)
@@ -113,25 +118,39 @@ def _draw_map(axes: Axes, row: Row, places: dict[Place, Layer], ends: tuple[floa
     return titles
 
 
+def _values(places: dict[Place, Layer]) -> list[float]:
+    return [layer.sqnr for layer in places.values() if layer.sqnr is not None]
+
+
+def _range(places: dict[Place, Layer]) -> str:
+    return f"{min(_values(places)):.1f} to {max(_values(places)):.1f} dB"
+
+
+def _ends(places: dict[Place, Layer]) -> tuple[float, float]:
+    """The decibels of the first and last colour: those of the weights, or some more where they are near."""
+    low, high = min(_values(places)), max(_values(places))
+    slack = max(0.0, _LEAST_SPAN - (high - low)) / 2
+    return low - slack, high + slack
+
+
 def _shade(value: float, low: float, high: float) -> str:
     """The colour of a value between two ends."""
     share = (value - low) / (high - low) if high > low else 0.5
     return SCALE[min(len(SCALE) - 1, int(share * len(SCALE)))]
 
 
-def _draw_scale(figure: Figure, low: float, high: float) -> None:
-    """The colours with their decibels, at the lower edge."""
+def _draw_scale(figure: Figure) -> None:
+    """The colours, at the lower edge."""
     from matplotlib.patches import Rectangle
 
     tall = figure.get_figheight()
-    axes = figure.add_axes((0.35, 0.27 / tall, 0.3, 0.13 / tall))
+    axes = figure.add_axes((0.35, 0.1 / tall, 0.3, 0.13 / tall))
     for place, shade in enumerate(SCALE):
         axes.add_patch(Rectangle((place, 0), 1, 1, facecolor=shade, linewidth=0))
-    ends = (0, len(SCALE) / 2, len(SCALE))
-    words = [f"{low:.0f} dB", f"{(low + high) / 2:.0f}", f"{high:.0f} dB"]
     axes.set(xlim=(0, len(SCALE)), ylim=(0, 1))
-    axes.set_xticks(ends, words, fontsize=7)
+    axes.set_xticks([])
     axes.set_yticks([])
-    axes.tick_params(length=0, pad=2)
     axes.spines[:].set_visible(False)
-    axes.set_title("more error  ←  →  less error", fontsize=7, pad=3, color=colour("muted"))
+    look: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 7, "va": "center"}
+    axes.annotate("most error", (0, 0.5), xytext=(-5, 0), ha="right", color=colour("muted"), **look)
+    axes.annotate("least error", (1, 0.5), xytext=(5, 0), ha="left", color=colour("muted"), **look)

@@ -27,22 +27,35 @@ class Name:
     bold: bool
 
 
-def write_names(axes: Axes, names: Sequence[Name]) -> int:
-    """Names each point once, the first ones first, and leaves out those without room; returns how many it wrote.
+def write_names(axes: Axes, names: Sequence[Name], levels: Sequence[float] = ()) -> int:
+    """Names each point once, the first ones first, and leaves out those without room.
 
-    The limits of the axes must be final.
+    Args:
+        axes: their limits must be final.
+        names: points and what they are called.
+        levels: of horizontal lines, which names keep clear of.
+
+    Returns:
+        How many names were written.
     """
     figure: Any = axes.get_figure(root=True)
     renderer, gap = figure.canvas.get_renderer(), figure.dpi / 72 * _GAP
-    obstacles = [_box(text.get_window_extent(renderer)) for text in axes.texts]
+    frame = _box(axes.get_window_extent(renderer))
+    obstacles = [Box(frame.left, y - 1, frame.right, y + 1) for y in (_height(axes, level) for level in levels)]
+    obstacles += [_box(text.get_window_extent(renderer)) for text in axes.texts]
     pixels = [tuple(axes.transData.transform((name.x, name.y))) for name in names]
     texts = [_text(axes, name) for name in names]
     extents = [text.get_window_extent(renderer) for text in texts]
     sizes = [(extent.width, extent.height) for extent in extents]
-    boxes = place(pixels, sizes, _box(axes.get_window_extent(renderer)), gap, obstacles)
+    boxes = place(pixels, sizes, frame, gap, obstacles)
     for text, box, point in zip(texts, boxes, pixels, strict=True):
         _move(axes, text, box, point, gap)
     return sum(box is not None for box in boxes)
+
+
+def _height(axes: Axes, y: float) -> float:
+    """The pixel of a level."""
+    return float(axes.transData.transform((axes.get_xlim()[0], y))[1])
 
 
 def _box(extent: Any) -> Box:

@@ -52,7 +52,8 @@ def draw_kl(section: Section, name: str) -> Picture | None:
         if floor and floor > 0:
             axes.axhspan(min(shown) / 1.8, floor, color=colour("noise"), alpha=0.1, linewidth=0)
             _draw_level(axes, floor, "noise floor")
-        return _finish(section, axes, spots, (f"{name}-kl", "Divergence against size", caption))
+        levels = [floor] if floor else []
+        return _finish(section, axes, spots, levels, (f"{name}-kl", "Divergence against size", caption))
 
 
 def draw_perplexity(section: Section, name: str) -> Picture | None:
@@ -65,7 +66,8 @@ def draw_perplexity(section: Section, name: str) -> Picture | None:
     if not spots:
         return None
     inside = [spot.loss for spot in spots if _LEAST <= spot.loss <= _MOST] or [1.0]
-    low, high = min([*inside, 100 * min(LIMITS)]) / 1.6, max([*inside, 100 * max(LIMITS)]) * 1.6
+    levels = [100 * limit for limit in LIMITS]
+    low, high = min(*inside, *levels) / 1.6, max(*inside, *levels) * 1.6
     caption = (
         f"Perplexity on {section.text} over that of the 16-bit model. Filled points are the best of their size; bars "
         "are one standard error, paired with the 16-bit model token by token; dashed lines are limits of 1 % and 5 %."
@@ -74,9 +76,9 @@ def draw_perplexity(section: Section, name: str) -> Picture | None:
     )
     with drawing():
         axes = _axes("perplexity over 16 bits, %", low, high)
-        for limit in LIMITS:
-            _draw_level(axes, 100 * limit, f"+{100 * limit:.0f} %")
-        return _finish(section, axes, spots, (f"{name}-perplexity", "Perplexity against size", caption))
+        for level in levels:
+            _draw_level(axes, level, f"+{level:.0f} %")
+        return _finish(section, axes, spots, levels, (f"{name}-perplexity", "Perplexity against size", caption))
 
 
 def _percent(row: Row) -> float | None:
@@ -120,13 +122,15 @@ def _axes(label: str, low: float, high: float) -> Axes:
 
 
 def _draw_level(axes: Axes, value: float, words: str) -> None:
-    """A dashed level with its name at the right."""
+    """A dashed level with its name at the left."""
     axes.axhline(value, color=colour("noise"), linewidth=1, linestyle=(0, (4, 3)))
-    look: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "ha": "right"}
-    axes.annotate(words, (1, value), xytext=(-2, 3), color=colour("noise"), **look)
+    look: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+    axes.annotate(words, (0, value), xytext=(3, 3), color=colour("noise"), **look)
 
 
-def _finish(section: Section, axes: Axes, spots: list[Spot], words: tuple[str, str, str]) -> Picture:
+def _finish(
+    section: Section, axes: Axes, spots: list[Spot], levels: Sequence[float], words: tuple[str, str, str]
+) -> Picture:
     """Points, their names, the front and the reference's size."""
     name, title, caption = words
     _scale_sizes(section, axes, spots)
@@ -136,7 +140,7 @@ def _finish(section: Section, axes: Axes, spots: list[Spot], words: tuple[str, s
     for spot, gid in zip(spots, titles, strict=True):
         _draw_point(axes, spot, gid)
     names = [Name(spot.size, _within(axes, spot.loss)[0], spot.row.label, spot.best) for spot in spots]
-    missing = len(spots) - write_names(axes, names)
+    missing = len(spots) - write_names(axes, names, levels)
     if missing:
         caption += f" Names without room: {missing}; hover over the points, or see the table."
     alt = f"{title}: {len(spots)} candidates, {sum(spot.best for spot in spots)} of them the best of their size"

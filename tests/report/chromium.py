@@ -25,12 +25,12 @@ def find_chromium() -> str | None:
 
 
 class Browser:
-    """One page. `complaints` has what the console and failed loads said, `requests` every address that was asked for."""
+    """One page. `complaints` has what the console and failed loads said, `requests` every address asked for."""
 
     def __init__(self, program: str, profile: Path) -> None:
         read_commands, self._commands = os.pipe()
         self._answers, write_answers = os.pipe()
-        # The protocol takes commands from descriptor 3 and answers on 4; high numbers first, so that none is in the way.
+        # Commands go in at descriptor 3, answers come out of 4; high numbers first, so that none is in the way.
         high = [fcntl.fcntl(end, fcntl.F_DUPFD, 100) for end in (read_commands, write_answers)]
         flags = "--headless --no-sandbox --disable-gpu --remote-debugging-pipe --no-first-run --disable-dev-shm-usage"
         self._process = subprocess.Popen(
