@@ -38,7 +38,7 @@ def compare_reports(
         Path, typer.Argument(help="Results: a sweep's folder, its results.jsonl, or the JSON of `llmquant eval`.")
     ],
     after: Annotated[Path, typer.Argument(help="Results to compare with them.")],
-    json: Annotated[Path | None, typer.Option(help="Also write the comparison to this file ('-': only stdout).")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write all of it to this file ('-': only stdout).")] = None,
     fail_on_worse: Annotated[
         bool, typer.Option("--fail-on-worse", help="Exit with 1 if a cell is worse, gone, or cannot be compared.")
     ] = False,
@@ -46,8 +46,8 @@ def compare_reports(
     """Show what changed between two sets of results: which cells are new, gone, better or worse.
 
     A figure counts as better or worse if it moved by more than two standard errors of the difference; figures without
-    an error (bytes) count by any difference. Times are not compared. Differences of protocol come first: figures
-    measured under different ones do not compare, and no verdict is given.
+    an error count by any difference, bytes by more than 0.1 %. Times are not compared. Differences of protocol come
+    first: figures measured under different ones do not compare, and no verdict is given.
 
     Examples:
 

@@ -70,12 +70,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Figure:
-    """How a figure is read, and which way is better; where no error is measured, every difference counts."""
+    """How a figure is read, and which way is better."""
 
     name: str
     value: Callable[[Row], float | None]
     stderr: Callable[[Row], float | None]
     falling: bool = True
+    slack: float = 0.0  # of figures without an error: a relative change that is not worth a word
 
 
 def compare(before: Sequence[Row], after: Sequence[Row]) -> Comparison:
@@ -161,7 +162,7 @@ def _figures(before: Row, after: Row) -> list[_Figure]:
         _perplexity(before, after),
         _Figure("top-1", lambda row: row.top1, _top1_stderr, falling=False),
         _Figure("not finite", lambda row: row.nonfinite.logits if row.nonfinite else None, lambda row: None),
-        _Figure("bytes", lambda row: row.bytes.disk if row.bytes else None, lambda row: None),
+        _Figure("bytes", lambda row: row.bytes.disk if row.bytes else None, lambda row: None, slack=0.001),
     ]
     return fixed + _task_figures(before, after)
 
@@ -213,7 +214,7 @@ def _change(figure: _Figure, before: Row, after: Row) -> Change | None:
         return None
     errors = [error for error in (figure.stderr(before), figure.stderr(after)) if error is not None]
     stderr = math.hypot(*errors) if errors else None
-    beyond = abs(new - old) > SIGMAS * (stderr or 0.0)
+    beyond = abs(new - old) > (figure.slack * abs(old) if stderr is None else SIGMAS * stderr)
     return Change(figure.name, old, new, stderr, ((new < old) == figure.falling) if beyond else None)
 
 

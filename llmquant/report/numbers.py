@@ -23,8 +23,8 @@ def share(value: float | None) -> str:
     """A fraction: `50 %`, `3.2 %`, `99.87 %` (near the ends, the digits that tell it from them)."""
     if value is None:
         return MISSING
-    digits = 2 if value > 0.99 and value != 1 else 1 if value > 0.9 or value < 0.1 else 0
-    return f"{100 * value:.{digits}f} %" if value not in (0, 1) else f"{100 * value:.0f} %"
+    digits = 2 if 0.99 < value < 1 else 1 if 0 < value < 0.1 or 0.9 < value < 1 else 0
+    return f"{100 * value:.{digits}f} %"
 
 
 def change(value: float | None, stderr: float | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ from llmquant.errors import ReportError
 from llmquant.report.rows import SCHEMA, Row
 
 RESULTS = "results.jsonl"
+_NO_TEXT = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff\\ufffe\\uffff]")
 _RECORD_SCHEMA = 2  # of `llmquant eval --json`
 
 
@@ -93,18 +95,23 @@ def _check_schema(content: dict[str, Any], known: int, where: str) -> None:
 
 def _validated(content: dict[str, Any], where: str) -> Row:
     try:
-        return Row.model_validate(_tuples(content))
+        return Row.model_validate(_clean(content))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise ReportError(f"results with a bad field {field}: {first['msg']}", where=where) from error
 
 
-def _tuples(value: Any) -> Any:
-    """JSON's lists as tuples: strict fields take no other kind."""
-    if isinstance(value, list):
-        return tuple(_tuples(item) for item in value)
-    return {key: _tuples(item) for key, item in value.items()} if isinstance(value, dict) else value
+def _clean(value: Any) -> Any:
+    """JSON's lists as tuples, which strict fields want, and its texts without what is no text.
+
+    Control characters (but line ends and tabs) and halves of surrogate pairs would act on terminals, or break XML.
+    """
+    if isinstance(value, dict):
+        return {_clean(key): _clean(item) for key, item in value.items()}
+    if isinstance(value, str):
+        return _NO_TEXT.sub("\N{REPLACEMENT CHARACTER}", value)
+    return tuple(_clean(item) for item in value) if isinstance(value, list) else value
 
 
 def _check_unique(rows: list[Row], file: Path) -> None:

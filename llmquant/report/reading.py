@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,12 +31,11 @@ class Within:
 
 def smallest_within(section: Section, limit: float) -> Within:
     """The smallest candidates within a limit, by what was measured and beyond its error."""
-    sized = [row for row in section.candidates if sound(row) and section.size(row) is not None]
-    sized.sort(key=lambda row: section.size(row) or 0.0)
+    rows = sorted(filter(sound, section.candidates), key=lambda row: section.size(row) or math.inf)
     return Within(
         limit,
-        next((row for row in sized if _upper(row, 0) <= limit), None),
-        next((row for row in sized if _upper(row, SIGMAS) <= limit), None),
+        next((row for row in rows if _upper(row, 0) <= limit), None),
+        next((row for row in rows if _upper(row, SIGMAS) <= limit), None),
     )
 
 
@@ -43,22 +43,26 @@ def _upper(row: Row, sigmas: float) -> float:
     """The change of a row's perplexity with so many standard errors on top; infinite where it is not known."""
     quality = row.perplexity
     if not quality or quality.change is None or (sigmas and quality.change_stderr is None):
-        return float("inf")
+        return math.inf
     return quality.change + sigmas * (quality.change_stderr or 0.0)
 
 
 def headline(section: Section) -> Row | None:
     """The candidate to name first: the smallest within 1 %, else within 5 %, else the nearest to the reference."""
-    within = [smallest_within(section, limit) for limit in LIMITS]
-    chosen = next((w.sure or w.measured for w in within if w.measured), None)
-    nearest = min(section.points(kl_mean) or section.points(perplexity), key=lambda p: (p[1], p[0]), default=None)
-    return chosen or (nearest[2] if nearest else None)
+    if section.has_sizes:
+        within = [smallest_within(section, limit) for limit in LIMITS]
+        if chosen := next((found.sure or found.measured for found in within if found.measured), None):
+            return chosen
+    near = [(kl_mean(row), perplexity(row), row) for row in filter(sound, section.candidates)]
+    by_kl = [(kl, row) for kl, _, row in near if kl is not None]
+    by_perplexity = [(value, row) for _, value, row in near if value is not None]
+    return min(by_kl or by_perplexity, key=lambda pair: pair[0], default=(0.0, None))[1]
 
 
 def read(section: Section) -> list[str]:
     """The sentences of a section's paragraph."""
     said = [_headline(section), _reference(section), *(_within(section, limit) for limit in LIMITS)]
-    said += [_noise(section), _best(section), _unsound(section), _failed(section)]
+    said += [_sizes(section), _noise(section), _best(section), _unsound(section), _failed(section)]
     return [sentence for sentence in said if sentence]
 
 
@@ -69,9 +73,12 @@ def _headline(section: Section) -> str:
     share, quality = section.share(row), row.perplexity
     kept = f"keeps {numbers.share(row.top1)} of the top-1 choices" if row.top1 is not None else "was measured"
     size = f"{numbers.size(section.size(row))} {'on disk' if section.measure == 'disk' else 'of weights'}"
-    told = f"{numbers.share(share)} of the bytes ({size})" if share is not None else size
-    change = numbers.change(quality.change, quality.change_stderr) if quality else numbers.MISSING
-    return f"{row.label} {kept} at {told}; its perplexity changes by {change}."
+    told = f" at {numbers.share(share)} of the bytes ({size})" if share is not None else ""
+    if not quality or quality.change is None:
+        return f"{row.label} {kept}{told}."
+    return (
+        f"{row.label} {kept}{told}; its perplexity changes by {numbers.change(quality.change, quality.change_stderr)}."
+    )
 
 
 def _reference(section: Section) -> str:
@@ -87,7 +94,7 @@ def _reference(section: Section) -> str:
 
 def _within(section: Section, limit: float) -> str:
     """Who is within a limit; who may be, where the error leaves it open."""
-    if not any(row.perplexity and row.perplexity.change is not None for row in section.candidates):
+    if not section.has_sizes or all(_upper(row, 0) == math.inf for row in section.candidates):
         return ""
     found, told = smallest_within(section, limit), f"within {100 * limit:.0f} % of its perplexity"
     if found.measured is None:
@@ -105,6 +112,10 @@ def _named(section: Section, row: Row) -> str:
     quality = row.perplexity
     change = numbers.change(quality.change, quality.change_stderr) if quality else numbers.MISSING
     return f"{row.label} ({numbers.size(section.size(row))}, {change})"
+
+
+def _sizes(section: Section) -> str:
+    return "" if section.has_sizes or not section.candidates else "Sizes were not measured."
 
 
 def _noise(section: Section) -> str:

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict
 
 SCHEMA = 1
-_CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ufffe\\uffff]")
-
-
-def _printable(text: str) -> str:
-    """The text with control characters replaced (all but line ends and tabs): XML and terminals would act on them."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
-Words = Annotated[str, AfterValidator(_printable)]
 
 
 class _Part(BaseModel):
@@ -28,10 +18,10 @@ class _Part(BaseModel):
 class Failure(_Part):
     """Why a cell has no figures: the parts of a `LlmQuantError`, and the name of the exception's class."""
 
-    what: Words
-    where: Words | None = None
-    hint: Words | None = None
-    kind: Words | None = None
+    what: str
+    where: str | None = None
+    hint: str | None = None
+    kind: str | None = None
 
 
 class Perplexity(_Part):
@@ -97,8 +87,8 @@ class Speed(_Part):
 class Layer(_Part):
     """A quantized weight: its SQNR against the 16-bit one in dB, null where that does not exist."""
 
-    fqn: Words
-    format: Words | None = None
+    fqn: str
+    format: str | None = None
     bits: float | None = None
     sqnr: float | None = None
 
@@ -113,8 +103,8 @@ class Metric(_Part):
 class Task(_Part):
     """What the harness found on one task."""
 
-    version: int | float | Words | None = None
-    metrics: dict[Words, Metric] = {}
+    version: int | float | str | None = None
+    metrics: dict[str, Metric] = {}
 
 
 class Seconds(_Part):
@@ -127,13 +117,13 @@ class Seconds(_Part):
 class Row(_Part):
     """One cell of a study. Figures that do not exist are None, never NaN."""
 
-    model: Words
-    label: Words
+    model: str
+    label: str
     kind: Literal["candidate", "reference", "noise"] = "candidate"
-    text: Words = ""
-    study: Words | None = None
-    recipe: Words | None = None
-    algorithm: Words | None = None
+    text: str = ""
+    study: str | None = None
+    recipe: str | None = None
+    algorithm: str | None = None
     bits_budget: float | None = None
     status: Literal["done", "failed"] = "done"
     error: Failure | None = None
@@ -146,7 +136,7 @@ class Row(_Part):
     bytes: Bytes | None = None
     speed: Speed | None = None
     layers: tuple[Layer, ...] = ()
-    tasks: dict[Words, Task] | None = None
+    tasks: dict[str, Task] | None = None
     seconds: Seconds | None = None
     versions: dict[str, Any] | None = None
     machine: dict[str, Any] | None = None

@@ -37,6 +37,11 @@ class Section:
         rows = [*self.candidates, *([self.reference] if self.reference else [])]
         return "disk" if all(row.bytes and row.bytes.disk is not None for row in rows) else "weights"
 
+    @property
+    def has_sizes(self) -> bool:
+        """Whether any candidate's size is known."""
+        return any(self.size(row) is not None for row in self.candidates)
+
     def size(self, row: Row | None) -> float | None:
         """Bytes of a row, by the section's measure."""
         value = getattr(row.bytes, self.measure) if row and row.bytes else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from llmquant.errors import ReportError
@@ -45,4 +46,5 @@ def _replace(path: Path, content: bytes) -> None:
     except OSError as error:
         raise ReportError(f"the report cannot be written: {error.strerror}", where=str(path)) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # gone, or never there
+            draft.unlink()
