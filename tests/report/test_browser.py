@@ -33,7 +33,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models, one of them with all that makes a page wide."""
     tasks = {"toy": {"version": 1, "metrics": {"acc": {"value": 0.5, "stderr": 0.1}}}}
     wide = [reference(), make(LONG, tasks=tasks), failed(f"b{LONG}", what=LONG, where=LONG), noise()]
-    wide += [make(f"int{bits}", 0.1**bits, bits * 10**7, 0.5**bits) for bits in range(2, 9)]
+    wide += [make(f"int{bits}", 0.1**bits, bits * 10**7, 0.5**bits) for bits in range(2, 11)]
+    wide += [make(f"crowd-{i}", 0.0012 + 0.0002 * i, 40_000_000 + 400_000 * i) for i in range(8)]
     rows = [row | {"model": LONG, "text": "t2"} for row in wide] + usual()
     return write_report(write(tmp_path_factory.mktemp("page"), rows))
 
@@ -137,5 +138,5 @@ def test_missing_figures_stay_last_and_names_sort_by_their_numbers(browser: Brow
     assert browser.run("[...document.querySelectorAll('[aria-sort=ascending]')].length") == 1
     names = column(browser, 0, 0)
     assert names[0] == "16 bits" and [name for name in names if name and name.startswith("int")] == [
-        f"int{bits}" for bits in range(2, 9)
+        f"int{bits}" for bits in range(2, 11)
     ]
