@@ -33,7 +33,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models, one of them with all that makes a page wide."""
     tasks = {"toy": {"version": 1, "metrics": {"acc": {"value": 0.5, "stderr": 0.1}}}}
     wide = [reference(), make(LONG, tasks=tasks), failed(f"b{LONG}", what=LONG, where=LONG), noise()]
-    wide += [make(f"int{bits}", 0.1**bits, bits * 10**7, 0.5**bits) for bits in range(2, 11)]
+    wide += [make(f"int{bits}", 0.2**bits, bits * 10**7, 0.5**bits) for bits in range(2, 11)]
     wide += [make(f"crowd-{i}", 0.0012 + 0.0002 * i, 40_000_000 + 400_000 * i) for i in range(8)]
     rows = [row | {"model": LONG, "text": "t2"} for row in wide] + usual()
     return write_report(write(tmp_path_factory.mktemp("page"), rows))
@@ -77,6 +77,19 @@ def test_names_in_the_browser_s_font_do_not_meet(browser: Browser, page: Path) -
       return boxes.flatMap(([a, p], i) => boxes.slice(i + 1).filter(([b, q]) =>
         p.left < q.right - 1 && q.left < p.right - 1 && p.top < q.bottom - 3 && q.top < p.bottom - 3
       ).map(([b, q]) => a + ' meets ' + b));
+    })"""
+    assert browser.run(script) == []
+
+
+def test_no_text_leaves_its_picture(browser: Browser, page: Path) -> None:
+    browser.open(page, 1280, False)
+    script = """
+    [...document.querySelectorAll('svg')].flatMap(svg => {
+      const frame = svg.getBoundingClientRect();
+      return [...svg.querySelectorAll('text')].filter(text => {
+        const box = text.getBoundingClientRect();
+        return box.left < frame.left || box.right > frame.right || box.top < frame.top || box.bottom > frame.bottom;
+      }).map(text => text.textContent);
     })"""
     assert browser.run(script) == []
 
