@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Line = tuple[tuple[float, float], tuple[float, float]]  # its ends, in units of the axes
-Line = tuple[tuple[float, float], tuple[float, float]]  # its ends, in units of the axes
 _GAP = 6  # points of the printer from a point to its name
 _FAR = 1.9  # gaps behind which a line leads from the point to its name
 
