@@ -112,11 +112,15 @@ def measure(model: Any, prompt: int, new: int) -> tuple[float, float]:
     torch.manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, prompt))
     attention = torch.ones_like(ids)
+    never = model.config.get_text_config().vocab_size  # min_new_tokens would look through all logits for every token
     seconds = []
     for count in (1, new):
         start = time.perf_counter()
-        model.generate(ids, attention_mask=attention, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        out = model.generate(
+            ids, attention_mask=attention, max_new_tokens=count, eos_token_id=never, pad_token_id=0, do_sample=False
+        )
         seconds.append(time.perf_counter() - start)
+        assert out.shape[1] == ids.shape[1] + count
     return seconds[0], seconds[1] - seconds[0]
 
 
