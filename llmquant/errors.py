@@ -86,6 +86,10 @@ class TextError(LlmQuantError):
     """An evaluation text that is missing, empty or too short."""
 
 
+class ReportError(LlmQuantError):
+    """Results of a study that are missing, damaged or of an unknown version."""
+
+
 class UnsupportedOpError(LlmQuantError, NotImplementedError):
     """An operation that a quantized tensor does not support."""
 

@@ -32,6 +32,7 @@ ORDER = [
     "tune | qat | pt2e",
     "export | integrations",
     "study",
+    "report",
     "cli",
     "__main__",
 ]
