@@ -86,6 +86,18 @@ class TextError(LlmQuantError):
     """An evaluation text that is missing, empty or too short."""
 
 
+class StudyError(ConfigError):
+    """A study that says something impossible or unknown."""
+
+
+class StudyLockedError(LlmQuantError):
+    """A study's folder in which another sweep is at work."""
+
+
+class WorkerDiedError(LlmQuantError):
+    """A process that ended before it had a result: killed, or out of memory."""
+
+
 class UnsupportedOpError(LlmQuantError, NotImplementedError):
     """An operation that a quantized tensor does not support."""
 

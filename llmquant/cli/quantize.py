@@ -172,11 +172,7 @@ def build_recipe(recipe: str | None, pairs: list[str], algorithm: str | None) ->
     else:
         found = recipes.to_recipe(recipe or DEFAULT_RECIPE)
         found = replace(found, config=found.config.overridden_by(overrides))
-    if algorithm is None:
-        return found
-    migrate, own = recipes.split_algorithm(algorithm)
-    config = recipes.with_algorithm(found.config, own) if own else found.config
-    return replace(found, config=config, changes=replace(found.changes, migrate=migrate))
+    return recipes.change_algorithm(found, algorithm) if algorithm is not None else found
 
 
 def parse_pairs(pairs: list[str]) -> dict[str, Any]:
