@@ -86,6 +86,10 @@ class TextError(LlmQuantError):
     """An evaluation text that is missing, empty or too short."""
 
 
+class ReferenceFileError(LlmQuantError):
+    """A file of reference logits that is cut, changed, of an unknown version, or no such file."""
+
+
 class UnsupportedOpError(LlmQuantError, NotImplementedError):
     """An operation that a quantized tensor does not support."""
 
