@@ -98,6 +98,10 @@ class WorkerDiedError(LlmQuantError):
     """A process that ended before it had a result: killed, or out of memory."""
 
 
+class ReferenceFileError(LlmQuantError):
+    """A file of reference logits that is cut, changed, of an unknown version, or no such file."""
+
+
 class UnsupportedOpError(LlmQuantError, NotImplementedError):
     """An operation that a quantized tensor does not support."""
 

@@ -43,10 +43,11 @@ def run(model: str, baseline: str | None, text: str, context: int, windows: int,
     """Evaluates a model, its baseline first and then out of memory; returns the record."""
     from llmquant.checkpoint.source import locate, parse_dtype
     from llmquant.integrations.transformers import load, load_tokenizer
-    from llmquant.measure.evaluate import Protocol, Reference, backends
+    from llmquant.measure.evaluate import Protocol, backends
     from llmquant.measure.evaluate import evaluate as measure
     from llmquant.measure.memory import footprint, reset_peak_rss
     from llmquant.measure.record import build_record, machine, versions
+    from llmquant.measure.reference import Reference
     from llmquant.measure.text import load_text
     from llmquant.measure.windows import make_windows, tokenize
 

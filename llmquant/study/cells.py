@@ -64,9 +64,7 @@ def reference(model: str, text: Mapping[str, Any], dtype: str, path: str, progre
     return _figures(evaluation, describe(plain))
 
 
-def noise(
-    model: str, text: Mapping[str, Any], dtype: str, reference: str, progress: Progress | None = None
-) -> Result:
+def noise(model: str, text: Mapping[str, Any], dtype: str, reference: str, progress: Progress | None = None) -> Result:
     """The divergence that 16-bit arithmetic alone makes."""
     from llmquant.measure.noise import noise_floor
 

@@ -1,13 +1,13 @@
 """A study's folder: what is finished, each thing under its content key, whole or not there at all.
 
-    references/KEY       logits of a 16-bit model (`measure.reference`)
-    models/KEY/          quantized checkpoints, while they are needed
-    cells/KEY.json       what was found, with a checksum
-    failures/KEY.json    why something could not be found
-    logs/KEY.log         what a worker printed
-    journal.jsonl        a line for everything that was computed, in the order it was
-    digests.json         hashes of files by path, size and time
-    results.jsonl        the results, for `llmquant.report`
+references/KEY       logits of a 16-bit model (`measure.reference`)
+models/KEY/          quantized checkpoints, while they are needed
+cells/KEY.json       what was found, with a checksum
+failures/KEY.json    why something could not be found
+logs/KEY.log         what a worker printed
+journal.jsonl        a line for everything that was computed, in the order it was
+digests.json         hashes of files by path, size and time
+results.jsonl        the results, for `llmquant.report`
 """
 
 from __future__ import annotations
