@@ -24,7 +24,7 @@ from llmquant.measure.memory import Footprint, footprint
 from llmquant.measure.perplexity import Perplexity
 from llmquant.measure.record import build_record, machine, versions
 from llmquant.measure.reference import Reference
-from llmquant.measure.text import load_text
+from llmquant.measure.text import Text, load_text
 from llmquant.measure.windows import make_windows, tokenize
 from llmquant.primitives.metrics import compute_error
 from llmquant.study.candidates import Candidate
@@ -52,36 +52,38 @@ def perform(job: Job, progress: Progress | None = None) -> Result:
     torch.manual_seed(0)
     started = time.perf_counter()
     result = functions[job.kind](progress=progress, **job.arguments)
-    return {**result, "seconds": time.perf_counter() - started, "versions": versions(), "machine": machine()}
+    seconds = time.perf_counter() - started
+    return _finite({**result, "seconds": seconds, "versions": versions(), "machine": machine()})
 
 
 def reference(model: str, text: Mapping[str, Any], dtype: str, path: str, progress: Progress | None = None) -> Result:
     """Keeps the logits of a 16-bit model at a path."""
-    windows, describe = _windows(model, text)
+    content = _checked_text(text["name"], text["sha256"], "test")
+    ids, bos = tokenize(load_tokenizer(model), content.content)
+    windows = make_windows(ids, text["context"], text["windows"] or None, bos)
     plain = _load(model, dtype)
-    with Reference.compute(plain, windows, progress, path=Path(path)) as found:
+    with Reference.compute(plain, windows, progress, path=path) as found:
         evaluation = Evaluation(Perplexity.from_nll(found.nll), None, None, None, None, 0.0)
-    return _figures(evaluation, describe(plain))
+    return _figures(evaluation, _protocol(plain, model, text, windows))
 
 
 def noise(model: str, text: Mapping[str, Any], dtype: str, reference: str, progress: Progress | None = None) -> Result:
     """The divergence that 16-bit arithmetic alone makes."""
     from llmquant.measure.noise import noise_floor
 
-    _, describe = _windows(model, text)
     plain = _load(model, dtype)
-    with Reference.open(Path(reference)) as kept:
-        return _figures(noise_floor(plain, kept, progress), describe(plain))
+    with Reference.open(reference) as kept:
+        return _figures(noise_floor(plain, kept, progress), _protocol(plain, model, text, kept.windows))
 
 
 def quality(
     model: str, text: Mapping[str, Any], dtype: str, reference: str, progress: Progress | None = None
 ) -> Result:
     """A quantized model against the 16-bit one's logits."""
-    windows, describe = _windows(model, text)
     candidate = _load(model, dtype)
-    with Reference.open(Path(reference)) as kept:
-        return _figures(evaluate(candidate, windows, kept, progress), describe(candidate))
+    with Reference.open(reference) as kept:
+        evaluation = evaluate(candidate, kept.windows, kept, progress)
+        return _figures(evaluation, _protocol(candidate, model, text, kept.windows))
 
 
 def quantize(
@@ -89,7 +91,6 @@ def quantize(
     candidate: Mapping[str, Any],
     calibration: Mapping[str, Any] | None,
     output: str,
-    layers: bool,
     scores: str,
     progress: Progress | None = None,
 ) -> Result:
@@ -106,7 +107,7 @@ def quantize(
         Path(output),
         overwrite=True,
         listener=listener,
-        on_plain=(lambda plain: found.extend(_layers(plain, output))) if layers else None,
+        on_plain=lambda plain: found.extend(_layers(plain, output)),
     )
     return {
         "layers": found,
@@ -153,19 +154,14 @@ def performance(
     return {"bytes": sizes, "speed": time_model(candidate, baseline, prompt=prompt, tokens=tokens, rounds=rounds)}
 
 
-def _windows(model: str, text: Mapping[str, Any]) -> tuple[Tensor, Callable[[Any], Protocol]]:
-    """The windows of a text, and what makes the protocol of a model that reads them."""
-    content = _checked_text(text["name"], text["sha256"], "test")
-    ids, bos = tokenize(load_tokenizer(model), content.content)
-    cut = make_windows(ids, text["context"], text["windows"] or None, bos)
-
-    def describe(of: Any) -> Protocol:
-        return Protocol.describe(content, cut, bos, str(of.dtype).removeprefix("torch."), backends(of))
-
-    return cut, describe
+def _protocol(of: Any, model: str, text: Mapping[str, Any], windows: Tensor) -> Protocol:
+    """What a figure of a loaded model means, on these windows of a text."""
+    _, bos = tokenize(load_tokenizer(model), "a")
+    named = Text(text["name"], "", text["sha256"])
+    return Protocol.describe(named, windows, bos, str(of.dtype).removeprefix("torch."), backends(of))
 
 
-def _checked_text(name: str, sha256: str, split: str) -> Any:
+def _checked_text(name: str, sha256: str, split: str) -> Text:
     content = load_text(name, split)
     if content.sha256 != sha256:
         raise TextError("the text changed while the study ran", where=name, hint="run the sweep again")
@@ -190,6 +186,15 @@ def _figures(evaluation: Evaluation, protocol: Protocol) -> Result:
     return {name: record.get(name) for name in ("protocol", "perplexity", "kl", "top1", "delta_p_rms", "nonfinite")}
 
 
+def _finite(value: Any) -> Any:
+    """Plain JSON, with null in place of NaN and infinity."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _layers(plain: str, quantized: str) -> Iterator[Result]:
     """Each quantized weight's bits and SQNR in dB against the one it was made of; null where nothing was lost."""
     model = load(quantized, dtype="auto")
@@ -201,9 +206,4 @@ def _layers(plain: str, quantized: str) -> Iterator[Result]:
         assert isinstance(found, QuantizedTensor)
         sqnr = float(compute_error(weight.float(), found.dequantize(torch.float32).reshape(weight.shape)))
         bits = 8 * rows[fqn].bytes / rows[fqn].elements
-        yield {
-            "fqn": fqn,
-            "format": rows[fqn].format,
-            "bits": bits,
-            "sqnr": sqnr if math.isfinite(sqnr) else None,
-        }
+        yield {"fqn": fqn, "format": rows[fqn].format, "bits": bits, "sqnr": sqnr}

@@ -183,6 +183,11 @@ def load_study(path: str | Path) -> Study:
     Raises:
         StudyError: for a file that cannot be read, and for keys and values that cannot be, with the place of each.
     """
+    return parse_study(read_study(path), str(path))
+
+
+def read_study(path: str | Path) -> dict[str, Any]:
+    """What a study's file says, not yet checked. Raises `StudyError`."""
     path = Path(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -190,7 +195,7 @@ def load_study(path: str | Path) -> Study:
         raise StudyError(f"cannot read the study: {error}", where=str(path)) from error
     if not isinstance(content, Mapping):
         raise StudyError("a study is a mapping", where=str(path), hint=f"with the keys {', '.join(Study.model_fields)}")
-    return parse_study({"name": path.stem, **content}, str(path))
+    return {"name": path.stem, **content}
 
 
 def parse_study(content: Mapping[str, Any], where: str) -> Study:

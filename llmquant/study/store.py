@@ -70,7 +70,7 @@ class Store:
         found = _read_json(path)
         content = found.get("content")
         if found.get("key") != key or not isinstance(content, dict) or found.get("check") != _check(content):
-            self._distrust(path)
+            self.damaged.append(f"{path}: damaged, and not trusted; it is computed again")
             return None
         return content
 
@@ -112,9 +112,14 @@ class Store:
         self.damaged.append(f"{self.reference(key)}: {why}; it is computed again")
         self.reference(key).unlink(missing_ok=True)
 
+    def keep_model(self, key: str) -> None:
+        """Marks a quantized model as one to stay."""
+        self.model(key).with_suffix(".kept").touch()
+
     def drop_model(self, key: str) -> None:
-        """Removes a quantized model that nobody needs any more."""
-        shutil.rmtree(self.model(key), ignore_errors=True)
+        """Removes a quantized model that nobody needs any more, unless it is to stay."""
+        if not self.model(key).with_suffix(".kept").exists():
+            shutil.rmtree(self.model(key), ignore_errors=True)
 
     def journal(self) -> list[dict[str, Any]]:
         """Everything that was computed in this folder. A last line that was cut is not counted."""
@@ -137,10 +142,6 @@ class Store:
         for folder in (self.folder, *(self.folder / name for name in _FOLDERS)):
             for path in folder.glob(".*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-    def _distrust(self, path: Path) -> None:
-        self.damaged.append(f"{path}: damaged, and not trusted; it is computed again")
-        path.unlink(missing_ok=True)
 
     def _note(self, line: dict[str, Any]) -> None:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
