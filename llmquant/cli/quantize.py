@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from llmquant.cli.console import console, errors, size, write_json
+from llmquant.cli.console import Terminal, console, errors, size, write_json
 from llmquant.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -130,31 +130,34 @@ def quantize(
     * `llmquant quantize ./m -o ./q --bits 4.25 --schemes int3-g64,int4-g64,int6-g64 --plot choice.png`
     """
     from llmquant.checkpoint.files import check_target
-    from llmquant.cli.budget import Budget, check_alone, check_unused
-    from llmquant.cli.calibrated import Calibrating, Reading
-    from llmquant.cli.prepared import Preparation
+    from llmquant.cli.budget import Choice, check_alone, check_unused
     from llmquant.config.recipe import split_algorithm
+    from llmquant.convert.budget import Budget
+    from llmquant.convert.calibrated import Reading
+    from llmquant.convert.job import Conversion
 
+    budget, choice = None, Choice(Path(model).resolve().name, save_recipe, plot)
     if bits is None:
         check_unused({"--schemes": schemes, "--save-recipe": save_recipe, "--plot": plot})
     else:
         check_alone(recipe)
+        budget = Budget(bits, schemes, parse_pairs(set_ or []), split_algorithm(algorithm)[1])
     asked, shard_bytes = build_recipe(recipe, set_ or [], algorithm), parse_size(max_shard_size)
-    config, changes = asked.config, replace(asked.changes, rotate=rotate or asked.changes.rotate)
+    asked = replace(asked, changes=replace(asked.changes, rotate=rotate or asked.changes.rotate))
     check_target(output, overwrite)  # before the long part
-    reading, preparation = Reading(calib, calib_tokens, seed, observer), Preparation(changes, rotate_seed)
-    with preparation.applied(model, output, config, reading, imatrix, dtype) as plain:
-        if bits is not None:
-            budget = Budget(bits, schemes, parse_pairs(set_ or []), split_algorithm(algorithm)[1], save_recipe, plot)
-            config = budget.choose(plain, reading, dtype)
-        was_read = changes.migrate is not None or bits is not None
-        work = Calibrating(plain, config, reading, imatrix, dtype, was_read=was_read)
-        write = work.by_blocks if work.needs_blocks else work.streamed
-        report = write(output, overwrite, shard_bytes)
+    choice.check()
+    reading = Reading(calib, calib_tokens, seed, observer)
+    report, reports = Conversion(asked, reading, budget, rotate_seed, imatrix, dtype).write(
+        *(model, output),
+        overwrite=overwrite,
+        max_shard_bytes=shard_bytes,
+        listener=Terminal(),
+        on_mixture=choice.tell,
+    )
     for warning in report.warnings:
         errors.print(f"[yellow]warning:[/] {warning}", highlight=False)
     if json:
-        write_json(report.to_dict() | preparation.reports, json)
+        write_json(report.to_dict() | reports, json)
     if not json or str(json) != "-":
         print_report(report, output)
 
@@ -169,11 +172,7 @@ def build_recipe(recipe: str | None, pairs: list[str], algorithm: str | None) ->
     else:
         found = recipes.to_recipe(recipe or DEFAULT_RECIPE)
         found = replace(found, config=found.config.overridden_by(overrides))
-    if algorithm is None:
-        return found
-    migrate, own = recipes.split_algorithm(algorithm)
-    config = recipes.with_algorithm(found.config, own) if own else found.config
-    return replace(found, config=config, changes=replace(found.changes, migrate=migrate))
+    return recipes.change_algorithm(found, algorithm) if algorithm is not None else found
 
 
 def parse_pairs(pairs: list[str]) -> dict[str, Any]:

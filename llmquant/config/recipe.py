@@ -14,7 +14,7 @@ weights:            # first hit wins; keys as in FqnToConfig
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,17 @@ def split_algorithm(algorithm: str | None) -> tuple[str | None, str | None]:
             f"{first!r} cannot stand before another algorithm", hint=f"{' or '.join(MIGRATIONS)}, as in awq+gptq"
         )
     return None, algorithm or None
+
+
+def change_algorithm(recipe: Recipe, algorithm: str) -> Recipe:
+    """A recipe with another algorithm, and with the scales of channels that the text names (`awq+gptq`) or none.
+
+    Raises:
+        ConfigError: if none of its formats has the algorithm.
+    """
+    migrate, own = split_algorithm(algorithm)
+    config = with_algorithm(recipe.config, own) if own else recipe.config
+    return replace(recipe, config=config, changes=replace(recipe.changes, migrate=migrate))
 
 
 def with_algorithm(config: FqnToConfig, algorithm: str) -> FqnToConfig:

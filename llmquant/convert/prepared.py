@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmquant.cli.console import errors, progress_bar
+from llmquant.convert.listener import Listener, Silent
 
 if TYPE_CHECKING:
     from llmquant.checkpoint.source import Source
-    from llmquant.cli.calibrated import Reading
     from llmquant.config.fqn import FqnToConfig
     from llmquant.config.recipe import Changes
+    from llmquant.convert.calibrated import Reading
     from llmquant.tune.sites import MigrationReport
 
 
@@ -31,11 +31,13 @@ class Preparation:
     Attributes:
         changes: what.
         rotate_seed: of the rotation.
+        listener: hears how it goes.
         reports: what was done, by name, after `applied` was entered.
     """
 
     changes: Changes
     rotate_seed: int = 0
+    listener: Listener = field(default_factory=Silent)
     reports: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
@@ -57,8 +59,7 @@ class Preparation:
         source = open_source(model, parse_dtype(dtype))
         make_plan(source.skeleton, config)  # whose errors are better told before the long part
         if imatrix is not None and imatrix.exists():
-            warning = f"{imatrix} must come from a run with the same changes of the model"
-            errors.print(f"[yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
+            self.listener.warn(f"{imatrix} must come from a run with the same changes of the model")
         output.resolve().parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.changed-", dir=output.resolve().parent))
         try:
@@ -80,12 +81,12 @@ class Preparation:
     def _rotate(self, plain: Any) -> None:
         from llmquant.tune.rotate import rotate_
 
-        with progress_bar("Rotating") as progress:
+        with self.listener.bar("Rotating") as progress:
             report = rotate_(plain, self.changes.rotate, self.rotate_seed, progress=progress)  # type: ignore[arg-type]
         self._tell("rotation", report)
 
     def _migrate(self, plain: Any, source: Source, config: FqnToConfig, reading: Reading) -> None:
-        from llmquant.cli.calibrated import FEW_TOKENS
+        from llmquant.convert.calibrated import FEW_TOKENS
         from llmquant.integrations.transformers import load_tokenizer
         from llmquant.tune.awq import awq_
         from llmquant.tune.smoothquant import smoothquant_
@@ -93,7 +94,7 @@ class Preparation:
         text, tokens = reading.text or "builtin", FEW_TOKENS if reading.tokens is None else reading.tokens
         windows: dict[str, Any] = {"tokenizer": load_tokenizer(source.folder), "tokens": tokens, "seed": reading.seed}
         report: MigrationReport
-        with progress_bar("Scaling channels") as progress:
+        with self.listener.bar("Scaling channels") as progress:
             if self.changes.migrate == "awq":
                 report = awq_(plain, config, text, progress=progress, **windows)
             else:
@@ -105,4 +106,4 @@ class Preparation:
         self.reports[name] = asdict(report)
         lines = str(report).splitlines()
         shown = lines if name == "rotation" else lines[:1]
-        errors.print("\n".join(shown), highlight=False, soft_wrap=True)
+        self.listener.say("\n".join(shown))
