@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmquant.errors import LlmQuantError
 from llmquant.measure.forward import inference
