@@ -31,6 +31,7 @@ ORDER = [
     "calibrate",
     "tune | qat | pt2e",
     "export | integrations",
+    "convert",
     "study",
     "report",
     "cli",
