@@ -96,6 +96,14 @@ def test_all_failed(tmp_path: Path) -> None:
     assert said[-1] == "2 cells have failed, for the reasons below: a and b."
 
 
+def test_what_failed_in_part_keeps_its_figures(tmp_path: Path) -> None:
+    """As when sizes and speed fail behind a measured quality."""
+    half = make("half", bytes=None, speed=None, status="failed", error={"what": "no room"})
+    found = section(tmp_path, [reference(), half, make("whole")])
+    assert [row.label for row in found.candidates] == ["whole", "half"]
+    assert [row.label for row in found.failed] == ["half"] and found.measure == "disk"
+
+
 def test_logits_that_are_not_finite_take_no_part(tmp_path: Path) -> None:
     wild = make("wild", 0.00001, 10**6, 0.0, nonfinite={"logits": 1234, "tokens": 3})
     found = section(tmp_path, [reference(), wild, make("sane", change=0.001)])
