@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 23
-"""Bytes of the rows at work in float32: with some temporaries they stay in a cache, and a call costs little beside it."""
+"""Bytes of the rows at work in float32: a cache holds some of that size, and a call costs little beside them."""
 
 
 def map_rows(function: Callable[..., Tensor], *tensors: Tensor, rows: int | None = None) -> Tensor:

@@ -86,9 +86,11 @@ def turn(model: Any, prompt: int, new: int) -> tuple[float, float]:
     """Seconds to read a prompt and choose a token, and to generate the `new - 1` tokens after it with `generate`."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
-    attention = torch.ones_like(ids)
+    # No token ends it; `min_new_tokens` would look through all logits for every token.
+    ends = {"max_new_tokens": new, "eos_token_id": vocabulary, "pad_token_id": 0}
     with inference(model):
-        moments = _moments(model, input_ids=ids, attention_mask=attention, max_new_tokens=new, min_new_tokens=new)
+        moments = _moments(model, input_ids=ids, attention_mask=torch.ones_like(ids), **ends)
+    assert len(moments) == new + 1, moments
     return moments[1] - moments[0], moments[-1] - moments[1]
 
 
