@@ -1,6 +1,7 @@
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from torch import Tensor, nn
 
 from llmquant.errors import LlmQuantError
 from llmquant.measure.divergence import kl
-from llmquant.measure.evaluate import Evaluation, Protocol, evaluate
+from llmquant.measure.evaluate import Evaluation, NonFinite, Protocol, evaluate, score, summarize
 from llmquant.measure.perplexity import Change
 from llmquant.measure.reference import Reference
 from llmquant.measure.text import Text
+from llmquant.measure.tokens import Tokens
 
 from .conftest import CONTEXT, VOCAB, Fixed, MakeModel
 
@@ -137,3 +139,49 @@ def test_progress_counts_windows(make_model: MakeModel, windows: Tensor) -> None
 def test_the_protocol_tells_the_true_numbers(windows: Tensor) -> None:
     protocol = Protocol.describe(Text("name", "content", "digest"), windows, 7, "bfloat16", "reference")
     assert protocol == Protocol("name", "digest", CONTEXT, 5, 7, 5 * (CONTEXT - 1), "bfloat16", "reference")
+
+
+class Breaking(Fixed):
+    """Three logits of the last four positions of one window are `bad`."""
+
+    def __init__(self, bad: float, window: Tensor) -> None:
+        super().__init__(torch.linspace(0, 1, VOCAB))
+        self.bad, self.window = bad, window
+
+    def forward(self, ids: Tensor, **options: object) -> SimpleNamespace:
+        logits = super().forward(ids).logits.detach().clone()
+        if torch.equal(ids[0], self.window):
+            logits[:, -4:, :3] = self.bad
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_counted_and_never_averaged_away(windows: Tensor, bad: float) -> None:
+    """The last of the four positions is not scored."""
+    windows = windows[:2]
+    with Reference.compute(Fixed(torch.linspace(0, 1, VOCAB)), windows) as reference:
+        result = evaluate(Breaking(bad, windows[1]), windows, reference)
+        alone = evaluate(Breaking(bad, windows[1]), windows)
+    assert result.nonfinite == alone.nonfinite == NonFinite(9, 3)
+    assert result.perplexity.value == alone.perplexity.value == math.inf and math.isnan(result.perplexity.stderr)
+    assert result.kl and result.kl.mean == result.kl.max == math.inf and result.kl.median < 1e-6
+    assert result.change and result.change.value == math.inf and result.baseline and result.baseline.value < 200
+    assert result.top1 == pytest.approx(1 - 3 / (2 * (CONTEXT - 1)))
+    assert sum(cell.mean == math.inf for cell in result.kl.by_confidence) == 1
+
+
+def test_the_change_is_paired(make_model: MakeModel, windows: Tensor) -> None:
+    """Its error is far below those of the two perplexities, which the same hard tokens raise."""
+    result = compared(make_model(1, torch.bfloat16), make_model(1).bfloat16().float(), windows)
+    assert result.change and result.baseline
+    assert result.change.value == pytest.approx(result.perplexity.value / result.baseline.value - 1, abs=1e-9)
+    assert 0 < result.change.stderr < result.perplexity.stderr / result.perplexity.value / 10
+
+
+def test_parts_scored_apart_join_to_the_whole(make_model: MakeModel, windows: Tensor) -> None:
+    model, baseline, parts = make_model(1), make_model(2), []
+    for part in windows.tensor_split(2):
+        with Reference.compute(baseline, part) as reference:
+            parts.append(score(model, part, reference)[0])
+    whole = numbers(compared(model, baseline, windows))
+    assert summarize(Tokens.join(parts), whole.rows, 0.0) == whole
