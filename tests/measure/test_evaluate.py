@@ -1,6 +1,10 @@
 import copy
+import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -185,3 +189,40 @@ def test_parts_scored_apart_join_to_the_whole(make_model: MakeModel, windows: Te
             parts.append(score(model, part, reference)[0])
     whole = numbers(compared(model, baseline, windows))
     assert summarize(Tokens.join(parts), whole.rows, 0.0) == whole
+
+
+LARGE = """
+import json, sys, torch
+sys.path[:0] = [{tests!r}]
+from models import build
+from llmquant.measure.evaluate import evaluate
+from llmquant.measure.memory import peak_rss, reset_peak_rss
+from llmquant.measure.reference import Reference
+
+torch.set_num_threads(1)
+model = build({family!r}, torch.{dtype}, vocab_size=262_144, max_position_embeddings=2048)
+windows = torch.randint(3, 262_144, ({windows}, 2048), generator=torch.Generator().manual_seed(0))
+with torch.inference_mode():
+    model(windows[:, :16], use_cache=False)
+assert reset_peak_rss()
+before = peak_rss()
+with Reference.compute(model, windows, folder={folder!r}) as reference:
+    after = peak_rss()
+    assert reset_peak_rss()
+    found = evaluate(model, windows, reference)
+    print(json.dumps([after - before, peak_rss() - before, reference.nbytes, found.rows, found.kl.mean]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(("family", "dtype", "windows"), [("llama", "float32", 1), ("gemma2", "bfloat16", 2)])
+def test_memory_stays_below_the_model_and_1_gb(family: str, dtype: str, windows: int, tmp_path: Path) -> None:
+    """A window's logits alone are 2 GB in float32. gemma2 has a soft cap behind its head."""
+    tests = str(Path(__file__).parents[1])
+    script = LARGE.format(tests=tests, family=family, dtype=dtype, windows=windows, folder=str(tmp_path))
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    computing, evaluating, kept, rows, kl = json.loads(told.stdout.splitlines()[-1])
+    assert kept == windows * 2048 * 262_144 * 2 and rows == 64 and kl < 1e-7
+    assert 50e6 < computing < 1e9 and 50e6 < evaluating < 1e9
