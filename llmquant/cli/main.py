@@ -48,7 +48,7 @@ def _options(
 
 
 def main() -> None:
-    """Runs the command line. Exit status: 0 done, 1 a limit of `eval` broken, 2 an error that is explained, 130 interrupted."""
+    """Runs the command line. Exit status: 0 done, 1 a limit is broken, 2 an error that is explained, 130 interrupted."""
     try:
         app()
     except LlmQuantError as error:
