@@ -23,9 +23,9 @@ from smollm2 import write_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmquant.checkpoint.stream import quantize_checkpoint
-from llmquant.cli.calibrated import Calibrating, Reading
 from llmquant.cli.console import progress_bar, size
 from llmquant.config.recipe import list_recipes, to_config
+from llmquant.convert.calibrated import Calibrating, Reading
 from llmquant.formats import FORMATS
 from llmquant.measure.evaluate import Evaluation, Protocol, backends, evaluate
 from llmquant.measure.memory import Footprint, footprint
