@@ -65,6 +65,12 @@ if TYPE_CHECKING:
     from llmquant.integrations.transformers import load as load
     from llmquant.measure.activations import ActivationReport as ActivationReport
     from llmquant.measure.activations import compare_activations as compare_activations
+    from llmquant.measure.evaluate import Evaluation as Evaluation
+    from llmquant.measure.evaluate import evaluate as evaluate
+    from llmquant.measure.noise import noise_floor as noise_floor
+    from llmquant.measure.reference import Reference as Reference
+    from llmquant.measure.speed import Speed as Speed
+    from llmquant.measure.speed import time_model as time_model
     from llmquant.primitives.granularity import MappingType as MappingType
     from llmquant.primitives.granularity import PerAxis as PerAxis
     from llmquant.primitives.granularity import PerBlock as PerBlock
@@ -125,6 +131,10 @@ _PUBLIC = {
     "llmquant.integrations.optimize": ["OptimizeReport", "optimize", "restore"],
     "llmquant.integrations.transformers": ["LlmQuantConfig", "load"],
     "llmquant.measure.activations": ["ActivationReport", "compare_activations"],
+    "llmquant.measure.evaluate": ["Evaluation", "evaluate"],
+    "llmquant.measure.noise": ["noise_floor"],
+    "llmquant.measure.reference": ["Reference"],
+    "llmquant.measure.speed": ["Speed", "time_model"],
     "llmquant.primitives.granularity": [
         "MappingType",
         "PerAxis",

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from llmquant.cli.console import Report, console, errors, progress_bar, size
+from llmquant.cli.console import console, errors, progress_bar, size
 from llmquant.cli.gate import broken_limits, parse_share
+from llmquant.convert.listener import Bar as Report
 from llmquant.errors import LlmQuantError
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def evaluate(
 
     * `llmquant eval ./SmolLM2-int4 --baseline ./SmolLM2 --max-kl 0.05 --max-ppl-increase 3%`
 
-    * `accelerate launch --cpu --num_processes 2 -m llmquant eval ./SmolLM2-int4 --baseline ./SmolLM2`
+    * `accelerate launch --multi_gpu --num_processes 2 -m llmquant eval ./SmolLM2-int4 --baseline ./SmolLM2`
     """
     need = {"--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase, "--noise-floor": noise_floor or None}
     _check_baseline(baseline, [name for name, value in need.items() if value is not None])
@@ -231,7 +232,7 @@ def print_record(record: dict[str, Any], verbose: bool = False) -> None:
         f"[dim]{protocol['text']} {protocol['text_sha256'][:12]}, {protocol['windows']} windows of "
         f"{protocol['context']}, BOS {protocol['bos']}, {protocol['tokens_scored']} tokens scored, "
         f"{protocol['dtype']}, {protocol['backend']}, "
-        f"{record['seconds']:.0f} s[/]",
+        f"{record['seconds']:.0f} s{_shared(record['processes'])}[/]",
         highlight=False,
         soft_wrap=True,
     )
@@ -272,6 +273,10 @@ def _change(ppl: dict[str, Any]) -> str:
     if ppl["change"] is None or ppl["change_stderr"] is None:
         return _number(ppl["change"], "+.2%")
     return f"{ppl['change']:+.2%} ± {ppl['change_stderr']:.2%}"
+
+
+def _shared(processes: int) -> str:
+    return f" in {processes} processes" if processes > 1 else ""
 
 
 def _speed(speed: dict[str, Any]) -> str:

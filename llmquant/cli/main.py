@@ -51,7 +51,7 @@ def _options(
 
 
 def main() -> None:
-    """Runs the command line. Exit status: 0 done, 2 an error that is explained, 130 interrupted."""
+    """Runs the command line. Exit status: 0 done, 1 a limit broken, 2 an error that is explained, 130 interrupted."""
     try:
         app()
     except LlmQuantError as error:
