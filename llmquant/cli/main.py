@@ -7,7 +7,7 @@ import sys
 import typer
 
 import llmquant
-from llmquant.cli import bench, compare, evaluate, info, inspect, quantize, recipes, refine, sensitivity
+from llmquant.cli import bench, compare, evaluate, info, inspect, quantize, recipes, refine, run, sensitivity
 from llmquant.cli.console import errors
 from llmquant.errors import LlmQuantError
 
@@ -30,6 +30,7 @@ app.command("sensitivity")(sensitivity.sensitivity)
 app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
 app.command("info")(info.info)
+app.command("run", context_settings={"allow_interspersed_args": False})(run.run)
 
 
 def _version(value: bool) -> None:
@@ -53,7 +54,7 @@ def main() -> None:
         app()
     except LlmQuantError as error:
         errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         errors.print("interrupted; nothing was left half-written")
         sys.exit(130)
