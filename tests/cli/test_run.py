@@ -203,16 +203,17 @@ def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-WORKER = LOADS + "from accelerate import PartialState\nprint(PartialState().num_processes)\n"
+WORKER = LOADS + "import os\nprint(os.environ['RANK'], os.environ['WORLD_SIZE'])\n"
 
 
 @pytest.mark.slow
 def test_workers_of_accelerate_have_it(folders: Folders, tmp_path: Path) -> None:
     checkpoint = folders.quantized("llama", "int4-g32")
-    options = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    done = run("accelerate", "launch", *options, script(tmp_path, WORKER), checkpoint)
+    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    options += ["--main_process_port", "0"]  # any that is free
+    done = run("accelerate", "launch", *options, script(tmp_path, WORKER), checkpoint, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split()) == ["2", "2", "Int4Tensor", "Int4Tensor"]
+    assert sorted(done.stdout.split()) == ["0", "1", "2", "2", "Int4Tensor", "Int4Tensor"]
 
 
 SERVING = [package for package in ("fastapi", "uvicorn", "openai") if not _has(package)]
