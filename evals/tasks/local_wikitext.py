@@ -30,8 +30,14 @@ doc_to_target: !function local_data.wikitext_detokenizer
 process_results: !function local_data.process_results
 metric_list:
   - metric: word_perplexity
+    aggregation: weighted_perplexity
+    higher_is_better: false
   - metric: byte_perplexity
+    aggregation: weighted_perplexity
+    higher_is_better: false
   - metric: bits_per_byte
+    aggregation: bits_per_byte
+    higher_is_better: false
 metadata:
   version: 2.0
 """

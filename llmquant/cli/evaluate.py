@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from llmquant.cli.console import console, progress_bar, size
+from llmquant.cli.tasks import Tasks, print_tasks, record_of_tasks
 
 
 def evaluate(
@@ -24,19 +25,35 @@ def evaluate(
         str, typer.Option(help="To compute in: auto (the model's own), float32, bfloat16 or float16.")
     ] = "auto",
     json: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Also run these tasks of lm-eval on the model: arc_easy,hellaswag,mmlu_*")
+    ] = None,
+    task_path: Annotated[
+        Path | None, typer.Option(help="A folder with tasks of your own, as lm-eval has them.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="The first documents of each task only.")] = None,
+    tasks_only: Annotated[bool, typer.Option("--tasks-only", help="Run the tasks and measure nothing else.")] = False,
 ) -> None:
     """Measure perplexity and size, and how far a model is from its 16-bit original.
 
     Perplexity here is per token, over disjoint windows of the text as it is; it is not lm-eval's word perplexity.
     Compare only figures with the same protocol, which is printed with them. KL is in nats, from the baseline to the
-    model.
+    model. Tasks are run by lm-eval (`pip install llmquant[tasks]`), with its prompts, metrics and standard errors, on
+    the model alone; `--task-path evals/tasks --tasks common_knowledge` is an example that needs no network.
     """
-    record = run(model, baseline, text, context, windows, dtype)
+    chosen = Tasks(tasks, task_path, limit, tasks_only)
+    found = chosen.load()
+    record = record_of_tasks(model) if tasks_only else run(model, baseline, text, context, windows, dtype)
+    if found:
+        record["tasks"] = chosen.run(found, model, dtype)
     if json:
         from llmquant.measure.record import write_record
 
         write_record(record, json)
-    print_record(record)
+    if not tasks_only:
+        print_record(record)
+    if found:
+        print_tasks(record["tasks"])
 
 
 def run(model: str, baseline: str | None, text: str, context: int, windows: int, dtype: str) -> dict[str, Any]:

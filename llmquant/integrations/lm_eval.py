@@ -1,4 +1,4 @@
-"""Tasks through lm-eval (EleutherAI's evaluation harness): its data, prompts, metrics and standard errors, our model."""
+"""Tasks through lm-eval, EleutherAI's evaluation harness: its data, prompts, metrics and standard errors, our model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -60,8 +61,23 @@ def run_tasks(
         MissingDependencyError: lm-eval is not installed.
         TaskError: a task is unknown, its data cannot be had, or it may not be run like this.
     """
-    _check(names, include_path, limit, batch_size)
-    tasks = load_tasks(names, include_path)
+    _check(limit, batch_size)
+    return run_loaded(
+        model, tokenizer, load_tasks(names, include_path), limit=limit, batch_size=batch_size, progress=progress
+    )
+
+
+def run_loaded(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[Any],
+    *,
+    limit: int | None = None,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """`run_tasks` with what `load_tasks` returned, for those who want to know early that the tasks are there."""
+    _check(limit, batch_size)
     counter = _Counter(progress)
     with _as_it_was(model):
         lm = _language_model(model, tokenizer, batch_size, counter)
@@ -71,21 +87,22 @@ def run_tasks(
 
 
 def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> list[Any]:
-    """The tasks and groups of lm-eval with these names, their data loaded. Raises `TaskError`."""
-    manager, found = _find(names, include_path)
-    tasks = [task for name in found for task in _load(manager, name)]
-    for task in chain.from_iterable(getattr(task, "get_all_tasks", lambda task=task: [task])() for task in tasks):
-        _check_can_run(task)
-    return tasks
-
-
-def _check(names: Sequence[str], include_path: str | Path | None, limit: int | None, batch_size: int) -> None:
+    """The tasks and groups of lm-eval with these names, their data loaded; the errors are those of `run_tasks`."""
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingDependencyError("tasks need the `lm-eval` package", hint="pip install llmquant[tasks]")
     if not names:
         raise TaskError("no task is named", hint="for example `arc_easy`")
     if include_path is not None and not Path(include_path).is_dir():
         raise TaskError("no such folder of tasks", where=str(include_path), hint="a folder with YAML files of lm-eval")
+    with _seeds_kept():
+        manager, found = _find(names, include_path)
+        tasks = [task for name in found for task in _load(manager, name)]
+    for task in chain.from_iterable(getattr(task, "get_all_tasks", lambda task=task: [task])() for task in tasks):
+        _check_can_run(task)
+    return tasks
+
+
+def _check(limit: int | None, batch_size: int) -> None:
     if limit is not None and limit < 1:
         raise TaskError(f"a limit of {limit} documents leaves none", hint="1 or more, or no limit")
     if batch_size < 1:
@@ -207,11 +224,13 @@ def _windows(lm: Any, text: str) -> int:
     return sum(1 for _ in windows)
 
 
-def _evaluate(lm: Any, tasks: list[Any], limit: int | None) -> dict[str, Any]:
+def _evaluate(lm: Any, tasks: Sequence[Any], limit: int | None) -> dict[str, Any]:
     """lm-eval's results. Raises `TaskError` where another process has them."""
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
-    results = simple_evaluate(lm, tasks=tasks, limit=limit, log_samples=False)
+    manager = TaskManager(include_defaults=False)  # the tasks are there: no need to index all that lm-eval has
+    results = simple_evaluate(lm, tasks=list(tasks), limit=limit, log_samples=False, task_manager=manager)
     if results is None:
         raise TaskError("tasks run in one process, the first", hint="call run_tasks where LOCAL_RANK is 0")
     return results
@@ -252,16 +271,24 @@ def _number(value: Any) -> float | None:
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """lm-eval sets seeds and evaluation mode; both are the caller's again afterwards."""
-    import numpy as np
+    training = model.training
+    try:
+        with _seeds_kept():
+            yield
+    finally:
+        model.train(training)
 
-    training, states = model.training, (random.getstate(), np.random.get_state())
+
+@contextmanager
+def _seeds_kept() -> Iterator[None]:
+    """Random numbers go on as if nobody had drawn or seeded any in between."""
+    states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        model.train(training)
 
 
 @contextmanager

@@ -95,7 +95,9 @@ def check_registers(path: str, interpreter: Sequence[str], environment: Mapping[
             [*interpreter, "-c", REGISTERED], env=environment, stdin=subprocess.DEVNULL, capture_output=True
         )
     except OSError as error:
-        raise ProgramError(f"its Python cannot be started: {error.strerror}", where=f"{path}: {interpreter[0]}") from error
+        raise ProgramError(
+            f"its Python cannot be started: {error.strerror}", where=f"{path}: {interpreter[0]}"
+        ) from error
     if done.returncode == 0:
         return
     deaf = [flag for flag in interpreter[1:] if set(flag) & set("EIS")]

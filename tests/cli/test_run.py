@@ -249,7 +249,9 @@ def _ask(port: int, model: str) -> dict[str, Any]:
     """One answer of the chat completions of OpenAI's interface."""
     content = {"model": model, "messages": [{"role": "user", "content": "ab"}], "max_tokens": 4, "stream": False}
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(content).encode(), {"Content-Type": "application/json"}
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps(content).encode(),
+        {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=120) as response:
         return json.load(response)

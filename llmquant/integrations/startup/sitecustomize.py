@@ -7,7 +7,7 @@ import os
 import sys
 
 
-def _register():
+def _register() -> None:
     """Light: neither torch nor transformers is imported before the program does."""
     try:
         import llmquant  # noqa: F401
@@ -16,7 +16,7 @@ def _register():
             raise
 
 
-def _run_the_next():
+def _run_the_next() -> None:
     """A `sitecustomize` of the user's own, which this one hides, runs as if this one were not there."""
     here, path, own = os.path.dirname(os.path.abspath(__file__)), sys.path[:], sys.modules.pop(__name__)
     sys.path[:] = [folder for folder in path if os.path.abspath(folder) != here]
