@@ -72,7 +72,8 @@ def test_child_processes_have_it_too(folders: Folders, tmp_path: Path) -> None:
 
 
 def test_it_is_registered_without_a_heavy_import() -> None:
-    assert run("python", "-c", SEEN).stdout == "True False\n"
+    within = run("python", "-c", SEEN)
+    assert (within.stdout, within.stderr) == ("True False\n", "")
     assert run("-c", SEEN, start=[sys.executable]).stdout == "False False\n"
 
 
