@@ -7,7 +7,8 @@ import sys
 import typer
 
 import llmquant
-from llmquant.cli import bench, compare, evaluate, info, inspect, quantize, recipes, refine, run, sensitivity
+from llmquant.cli import bench, compare, evaluate, info, inspect, quantize, recipes, refine, reports, sensitivity, sweep
+from llmquant.cli import run as run_program
 from llmquant.cli.console import errors
 from llmquant.errors import LlmQuantError
 
@@ -24,13 +25,16 @@ app = typer.Typer(
 app.command("quantize")(quantize.quantize)
 app.command("refine")(refine.refine)
 app.command("eval")(evaluate.evaluate)
+app.command("sweep")(sweep.sweep)
 app.command("inspect")(inspect.inspect)
 app.command("recipes")(recipes.recipes)
 app.command("sensitivity")(sensitivity.sensitivity)
 app.command("compare")(compare.compare)
+app.command("report")(reports.report)
+app.command("compare-reports")(reports.compare_reports)
 app.command("bench")(bench.bench)
 app.command("info")(info.info)
-app.command("run", context_settings={"allow_interspersed_args": False})(run.run)
+app.command("run", context_settings={"allow_interspersed_args": False})(run_program.run)
 
 
 def _version(value: bool) -> None:
@@ -49,7 +53,7 @@ def _options(
 
 
 def main() -> None:
-    """Runs the command line. Exit status: 0 done, 2 an error that is explained, 130 interrupted."""
+    """Runs the command line. Exit status: 0 done, 2 (or its own) an error that is explained, 130 interrupted."""
     try:
         app()
     except LlmQuantError as error:

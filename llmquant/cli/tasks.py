@@ -33,6 +33,11 @@ class Tasks:
         if self.names is None and (self.folder or self.limit is not None or self.only):
             raise ConfigError("--task-path, --limit and --tasks-only need --tasks", hint="--tasks arc_easy,hellaswag")
 
+    def check(self, others: list[str]) -> None:
+        """Refuses options that ask for what is not measured."""
+        if self.only and others:
+            raise ConfigError("nothing but tasks is measured", where=", ".join(others), hint="without --tasks-only")
+
     def load(self) -> list[Any]:
         """The tasks with their data, none if none are named: what is missing is said before anything is measured."""
         if self.names is None:
