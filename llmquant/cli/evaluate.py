@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from llmquant.cli.console import Report, console, errors, progress_bar, size
+from llmquant.cli.console import console, errors, progress_bar, size
 from llmquant.cli.gate import broken_limits, parse_share
 from llmquant.cli.tasks import Tasks, print_tasks, record_of_tasks
+from llmquant.convert.listener import Bar as Report
 from llmquant.errors import LlmQuantError
 
 if TYPE_CHECKING:
