@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from llmquant.errors import LlmQuantError as LlmQuantError
     from llmquant.formats import Format as Format
     from llmquant.formats import register_format as register_format
+    from llmquant.integrations.lm_eval import run_tasks as run_tasks
     from llmquant.integrations.optimize import OptimizeReport as OptimizeReport
     from llmquant.integrations.optimize import optimize as optimize
     from llmquant.integrations.optimize import restore as restore
@@ -128,6 +129,7 @@ _PUBLIC = {
     "llmquant.config.recipe": ["list_recipes", "load_recipe"],
     "llmquant.errors": ["LlmQuantError"],
     "llmquant.formats": ["Format", "register_format"],
+    "llmquant.integrations.lm_eval": ["run_tasks"],
     "llmquant.integrations.optimize": ["OptimizeReport", "optimize", "restore"],
     "llmquant.integrations.transformers": ["LlmQuantConfig", "load"],
     "llmquant.measure.activations": ["ActivationReport", "compare_activations"],
