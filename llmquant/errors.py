@@ -86,6 +86,10 @@ class TextError(LlmQuantError):
     """An evaluation text that is missing, empty or too short."""
 
 
+class ReportError(LlmQuantError):
+    """Results of a study that are missing, damaged or of an unknown version."""
+
+
 class StudyError(ConfigError):
     """A study that says something impossible or unknown."""
 

@@ -33,6 +33,7 @@ ORDER = [
     "export | integrations",
     "convert",
     "study",
+    "report",
     "cli",
     "__main__",
 ]

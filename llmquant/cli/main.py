@@ -7,7 +7,7 @@ import sys
 import typer
 
 import llmquant
-from llmquant.cli import bench, compare, evaluate, info, inspect, quantize, recipes, refine, sensitivity, sweep
+from llmquant.cli import bench, compare, evaluate, info, inspect, quantize, recipes, refine, reports, sensitivity, sweep
 from llmquant.cli.console import errors
 from llmquant.errors import LlmQuantError
 
@@ -29,6 +29,8 @@ app.command("inspect")(inspect.inspect)
 app.command("recipes")(recipes.recipes)
 app.command("sensitivity")(sensitivity.sensitivity)
 app.command("compare")(compare.compare)
+app.command("report")(reports.report)
+app.command("compare-reports")(reports.compare_reports)
 app.command("bench")(bench.bench)
 app.command("info")(info.info)
 

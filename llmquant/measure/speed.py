@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmquant.errors import LlmQuantError
 from llmquant.measure.forward import inference
@@ -87,12 +87,14 @@ def turn(model: Any, prompt: int, new: int) -> tuple[float, float]:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
     attention = torch.ones_like(ids)
+    never = vocabulary  # to end by length: `min_new_tokens` would look through all logits for every token
     with inference(model):
-        moments = _moments(model, input_ids=ids, attention_mask=attention, max_new_tokens=new, min_new_tokens=new)
+        moments = _moments(model, ids, attention_mask=attention, max_new_tokens=new, eos_token_id=never, pad_token_id=0)
+    assert len(moments) == new + 1
     return moments[1] - moments[0], moments[-1] - moments[1]
 
 
-def _moments(model: Any, **options: Any) -> list[float]:
+def _moments(model: Any, ids: Tensor, **options: Any) -> list[float]:
     """When generation began, and when each token was there."""
 
     class Clock:
@@ -104,5 +106,5 @@ def _moments(model: Any, **options: Any) -> list[float]:
         def end(self) -> None: ...
 
     moments: list[float] = []
-    model.generate(**options, do_sample=False, streamer=Clock())
+    model.generate(ids, **options, do_sample=False, streamer=Clock())
     return moments
