@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from llmquant.quantize import QuantizationReport as QuantizationReport
     from llmquant.quantize import quantize_ as quantize_
     from llmquant.quantize import quantize_weight as quantize_weight
+    from llmquant.report import write_report as write_report
     from llmquant.tensor import QuantizedTensor as QuantizedTensor
     from llmquant.tune.awq import awq_ as awq_
     from llmquant.tune.budget import choose_mixture as choose_mixture
@@ -137,6 +138,7 @@ _PUBLIC = {
     "llmquant.primitives.metrics": ["compute_error"],
     "llmquant.primitives.stats": ["InputStats"],
     "llmquant.quantize": ["QuantizationReport", "quantize_", "quantize_weight"],
+    "llmquant.report": ["write_report"],
     "llmquant.tensor": ["QuantizedTensor"],
     "llmquant.tune.awq": ["awq_"],
     "llmquant.tune.refine": ["RefineReport", "refine_"],

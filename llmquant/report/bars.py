@@ -46,10 +46,15 @@ def draw_speed(section: Section, name: str) -> Picture | None:
     """Tokens a second over the reference's of the same run, for prompts and for single tokens; None where not timed."""
     rows = [row for row in section.candidates if row.speed]
     panels = [_speed(rows, "Prefill", "prefill", "second"), _speed(rows, "Decode", "decode", "accent")]
-    setups = dict.fromkeys((row.speed.threads, row.speed.prompt) for row in rows if row.speed)
-    told = "; ".join(f"threads: {threads}, tokens of the prompt: {prompt}" for threads, prompt in setups)
-    caption = f"Tokens a second over the 16-bit model's (the dashed line), timed in turns. {told.capitalize()}."
+    caption = f"Tokens a second over the 16-bit model's (the dashed line), timed in turns. {_setups(rows)}".rstrip()
     return _draw((f"{name}-speed", "Speed against 16 bits", caption), section, rows, panels, line=1.0)
+
+
+def _setups(rows: Sequence[Row]) -> str:
+    """Threads and prompts of the timings, where they were recorded."""
+    known = dict.fromkeys((row.speed.threads, row.speed.prompt) for row in rows if row.speed)
+    told = [f"Threads: {threads}; prompt: {prompt} tokens." for threads, prompt in known if threads and prompt]
+    return " ".join(told)
 
 
 def speedup(row: Row, field: str) -> float | None:

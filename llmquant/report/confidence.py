@@ -49,13 +49,13 @@ def _axes() -> Axes:
 
     figure = Figure(figsize=(9.6, 3.6))
     FigureCanvasAgg(figure)
-    figure.subplots_adjust(left=0.075, right=0.985, bottom=0.14, top=0.97)
+    figure.subplots_adjust(left=0.09, right=0.985, bottom=0.14, top=0.97)
     axes = figure.add_subplot()
     axes.set(
         xlim=(0, 1.16), yscale="log", ylabel="KL, nats a token", xlabel="probability of the likeliest token, 16 bits"
     )
     axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: numbers.tick(value)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y", linewidth=0.8)
     return axes

@@ -13,6 +13,7 @@ from llmquant.report.theme import colour
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Line = tuple[tuple[float, float], tuple[float, float]]  # its ends, in units of the axes
 _GAP = 6  # points of the printer from a point to its name
 _FAR = 1.9  # gaps behind which a line leads from the point to its name
 
@@ -27,13 +28,13 @@ class Name:
     bold: bool
 
 
-def write_names(axes: Axes, names: Sequence[Name], levels: Sequence[float] = ()) -> int:
+def write_names(axes: Axes, names: Sequence[Name], lines: Sequence[Line] = ()) -> int:
     """Names each point once, the first ones first, and leaves out those without room.
 
     Args:
         axes: their limits must be final.
         names: points and what they are called.
-        levels: of horizontal lines, which names keep clear of.
+        lines: horizontal or upright, which names keep clear of.
 
     Returns:
         How many names were written.
@@ -41,7 +42,7 @@ def write_names(axes: Axes, names: Sequence[Name], levels: Sequence[float] = ())
     figure: Any = axes.get_figure(root=True)
     renderer, gap = figure.canvas.get_renderer(), figure.dpi / 72 * _GAP
     frame = _box(axes.get_window_extent(renderer))
-    obstacles = [Box(frame.left, y - 1, frame.right, y + 1) for y in (_height(axes, level) for level in levels)]
+    obstacles = [_thin(axes, line) for line in lines]
     obstacles += [_box(text.get_window_extent(renderer)) for text in axes.texts]
     pixels = [tuple(axes.transData.transform((name.x, name.y))) for name in names]
     texts = [_text(axes, name) for name in names]
@@ -53,9 +54,10 @@ def write_names(axes: Axes, names: Sequence[Name], levels: Sequence[float] = ())
     return sum(box is not None for box in boxes)
 
 
-def _height(axes: Axes, y: float) -> float:
-    """The pixel of a level."""
-    return float(axes.transData.transform((axes.get_xlim()[0], y))[1])
+def _thin(axes: Axes, line: Line) -> Box:
+    """The pixels of a line."""
+    (left, right), (bottom, top) = (sorted(ends) for ends in zip(*axes.transData.transform(line), strict=True))
+    return Box(left - 1, bottom - 1, right + 1, top + 1)
 
 
 def _box(extent: Any) -> Box:

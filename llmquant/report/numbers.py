@@ -57,3 +57,8 @@ def plain(digits: int) -> Format:
 def times(value: float | None) -> str:
     """A ratio: `1.85×`."""
     return MISSING if value is None else f"{value:.2f}×"
+
+
+def tick(value: float) -> str:
+    """A number at a logarithmic axis: `0.001`, `1e-05`, `1,000`."""
+    return f"{value:g}" if value < 1000 else f"{value:,.0f}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from llmquant.report import numbers
-from llmquant.report.naming import Name, write_names
+from llmquant.report.naming import Line, Name, write_names
 from llmquant.report.picture import Picture
 from llmquant.report.reading import LIMITS
 from llmquant.report.rows import Row
@@ -109,12 +110,12 @@ def _axes(label: str, low: float, high: float) -> Axes:
 
     figure = Figure(figsize=(9.6, 5.0))
     FigureCanvasAgg(figure)
-    figure.subplots_adjust(left=0.075, right=0.985, bottom=0.105, top=0.975)
+    figure.subplots_adjust(left=0.09, right=0.985, bottom=0.105, top=0.975)
     axes = figure.add_subplot()
     axes.set(xscale="log", yscale="log", ylim=(low, high), ylabel=label)
     for axis, wide in ((axes.xaxis, False), (axes.yaxis, high / low > 50)):
         axis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: numbers.tick(value)))
         axis.set_minor_formatter(NullFormatter())
     axes.tick_params(which="minor", length=0)
     axes.grid(axis="y", linewidth=0.8)
@@ -135,12 +136,13 @@ def _finish(
     name, title, caption = words
     _scale_sizes(section, axes, spots)
     spots = sorted(spots, key=lambda spot: not spot.best)
-    _draw_front(axes, [spot for spot in spots if spot.best])
+    lines = _draw_front(axes, [spot for spot in spots if spot.best])
+    lines += [((left, level), (right, level)) for left, right in [axes.get_xlim()] for level in levels]
     titles = {f"point-{index}": describe(section, spot.row) for index, spot in enumerate(spots)}
     for spot, gid in zip(spots, titles, strict=True):
         _draw_point(axes, spot, gid)
     names = [Name(spot.size, _within(axes, spot.loss)[0], spot.row.label, spot.best) for spot in spots]
-    missing = len(spots) - write_names(axes, names, levels)
+    missing = len(spots) - write_names(axes, names, lines)
     if missing:
         caption += f" Names without room: {missing}; hover over the points, or see the table."
     alt = f"{title}: {len(spots)} candidates, {sum(spot.best for spot in spots)} of them the best of their size"
@@ -175,12 +177,16 @@ def _scale_sizes(section: Section, axes: Axes, spots: list[Spot]) -> None:
         axes.annotate(f"16 bits: {numbers.size(whole)}", (whole / 1e6, 0.99), xytext=(-4, 0), **look)
 
 
-def _draw_front(axes: Axes, spots: list[Spot]) -> None:
-    """Stairs: what is best up to each size."""
-    if spots:
-        x, y = zip(*sorted((spot.size, _within(axes, spot.loss)[0]) for spot in spots), strict=True)
-        right = axes.get_xlim()[1]
-        axes.plot([*x, right], [*y, y[-1]], drawstyle="steps-post", color=colour("accent"), linewidth=1.2, alpha=0.45)
+def _draw_front(axes: Axes, spots: list[Spot]) -> list[Line]:
+    """Stairs: what is best up to each size. Returns their lines."""
+    if not spots:
+        return []
+    places = sorted((spot.size, _within(axes, spot.loss)[0]) for spot in spots)
+    corners = [places[0]]
+    for (_, above), (x, y) in pairwise([*places, (axes.get_xlim()[1], places[-1][1])]):
+        corners += [(x, above), (x, y)]
+    axes.plot(*zip(*corners, strict=True), color=colour("accent"), linewidth=1.2, alpha=0.45)
+    return list(pairwise(corners))
 
 
 def _within(axes: Axes, value: float) -> tuple[float, str]:

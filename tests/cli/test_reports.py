@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from test_commands import run
-
-sys.path.append(str(Path(__file__).parent.parent / "report"))
 from results import make, reference, usual, write
+from test_commands import run
 
 needs_pictures = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 

@@ -41,6 +41,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [
         reference(**own),
         noise(**own),
+        make("$\\notatall{$", 0.2, **own),
         make(EVIL, tasks=tasks, **(own | {"layers": layers})),
         failed(EVIL + "2", what=EVIL, where=EVIL, hint=EVIL, kind=EVIL) | {"model": EVIL, "text": EVIL},
     ]
