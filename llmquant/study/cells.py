@@ -131,6 +131,7 @@ def tasks(
         include_path=options["path"],
         limit=options["limit"],
         batch_size=options["batch_size"],
+        progress=progress and (lambda done, total, *_: progress(done, total)),
     )
     return {"tasks": found}
 
