@@ -86,6 +86,10 @@ if TYPE_CHECKING:
     from llmquant.quantize import quantize_ as quantize_
     from llmquant.quantize import quantize_weight as quantize_weight
     from llmquant.report import write_report as write_report
+    from llmquant.study.run import Sweep as Sweep
+    from llmquant.study.run import run_study as run_study
+    from llmquant.study.spec import Study as Study
+    from llmquant.study.spec import load_study as load_study
     from llmquant.tensor import QuantizedTensor as QuantizedTensor
     from llmquant.tune.awq import awq_ as awq_
     from llmquant.tune.budget import choose_mixture as choose_mixture
@@ -151,6 +155,8 @@ _PUBLIC = {
     "llmquant.primitives.stats": ["InputStats"],
     "llmquant.quantize": ["QuantizationReport", "quantize_", "quantize_weight"],
     "llmquant.report": ["write_report"],
+    "llmquant.study.run": ["Sweep", "run_study"],
+    "llmquant.study.spec": ["Study", "load_study"],
     "llmquant.tensor": ["QuantizedTensor"],
     "llmquant.tune.awq": ["awq_"],
     "llmquant.tune.refine": ["RefineReport", "refine_"],
