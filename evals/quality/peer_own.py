@@ -30,14 +30,14 @@ class Own(NamedTuple):
     facts: dict[str, Any]
 
 
-def quantize_own(settings: dict[str, Any], plain: Path, tokens: Tensor, scratch: Path, name: str) -> Own:
+def quantize_own(settings: dict[str, Any], plain: Path, tokens: Tensor, journal: Path, name: str) -> Own:
     """Quantizes a fresh copy of the plain model.
 
     Args:
         settings: `scheme` or `budget`, and `algorithm`.
         plain: folder of the float32 checkpoint.
         tokens: [W, T] int64, what algorithms read.
-        scratch: a folder; finished blocks of an interrupted run are found there again.
+        journal: a folder where finished blocks of an interrupted run are found again.
         name: of the run.
     """
     model = open_source(plain, torch.float32).load()
@@ -46,7 +46,6 @@ def quantize_own(settings: dict[str, Any], plain: Path, tokens: Tensor, scratch:
     with progress_bar(name) as progress:
         config, note = config_of(settings, model, tokens, progress)
         if runs_by_blocks(make_plan(model, config)):
-            journal = scratch / f"{name}.partial"
             report = quantize_with_data_(model, config, tokens, journal=journal, progress=progress)
         else:
             report = quantize_(model, config, progress=progress)

@@ -220,7 +220,8 @@ def perform(run: Run, python: str | None, ground: Ground, reference: Reference, 
     scratch = ground.out / "work"
     scratch.mkdir(exist_ok=True)
     if run.family == OWN:
-        own = quantize_own(run.settings, ground.plain, ground.tokens, scratch, run.name)
+        journal = scratch / f"{key_of(run, ground)}.partial"
+        own = quantize_own(run.settings, ground.plain, ground.tokens, journal, run.name)
         return sized(own.facts) | measure(own.model, reference, run.name)
     assert python is not None
     folder = scratch / run.name
