@@ -301,4 +301,4 @@ def test_the_peers_themselves(script: Any, plain: Path, tmp_path: Path, name: st
         decoded, original = (load_file(f / "model.safetensors") for f in (tmp_path / "work" / name, tmp_path / "plain"))
         names = [key for key in original if "_proj" in key]
         errors = [float((decoded[key] - original[key]).norm() / original[key].norm()) for key in names]
-        assert 0.005 < np.mean(errors) < 0.15 and max(errors) < 0.2
+        assert 0.005 < np.mean(errors) < 0.25 and max(errors) < 0.3
