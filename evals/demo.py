@@ -23,13 +23,14 @@ from smollm2 import write_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmquant.checkpoint.stream import quantize_checkpoint
-from llmquant.cli.calibrated import Calibrating, Reading
 from llmquant.cli.console import progress_bar, size
 from llmquant.config.recipe import list_recipes, to_config
+from llmquant.convert.calibrated import Calibrating, Reading
 from llmquant.formats import FORMATS
-from llmquant.measure.evaluate import Evaluation, Protocol, Reference, backends, evaluate
+from llmquant.measure.evaluate import Evaluation, Protocol, backends, evaluate
 from llmquant.measure.memory import Footprint, footprint
 from llmquant.measure.record import build_record, machine, versions
+from llmquant.measure.reference import Reference
 from llmquant.measure.text import load_text
 from llmquant.measure.windows import make_windows, tokenize
 

@@ -86,6 +86,26 @@ class TextError(LlmQuantError):
     """An evaluation text that is missing, empty or too short."""
 
 
+class ReportError(LlmQuantError):
+    """Results of a study that are missing, damaged or of an unknown version."""
+
+
+class StudyError(ConfigError):
+    """A study that says something impossible or unknown."""
+
+
+class StudyLockedError(LlmQuantError):
+    """A study's folder in which another sweep is at work."""
+
+
+class WorkerDiedError(LlmQuantError):
+    """A process that ended before it had a result: killed, or out of memory."""
+
+
+class ReferenceFileError(LlmQuantError):
+    """A file of reference logits that is cut, changed, of an unknown version, or no such file."""
+
+
 class UnsupportedOpError(LlmQuantError, NotImplementedError):
     """An operation that a quantized tensor does not support."""
 

@@ -31,7 +31,9 @@ ORDER = [
     "calibrate",
     "tune | qat | pt2e",
     "export | integrations",
+    "convert",
     "study",
+    "report",
     "cli",
     "__main__",
 ]

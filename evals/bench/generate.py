@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from worker import SETTLE, Failed, Worker
 
 import llmquant
+from llmquant.measure.speed import turn as torch_seconds
 
 SCRIPT = Path(__file__).with_name("llama_worker.py")
 Turn = Callable[[], tuple[float, float]]
@@ -103,21 +103,7 @@ def torch_turn(path: str, options: argparse.Namespace, optimize: bool = False) -
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     if optimize:
         llmquant.optimize(model)
-    return lambda: measure(model, options.prompt, options.new)
-
-
-@torch.inference_mode()
-def measure(model: Any, prompt: int, new: int) -> tuple[float, float]:
-    """Seconds to read a prompt, and to generate `new - 1` tokens after the first with plain `generate`."""
-    torch.manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, prompt))
-    attention = torch.ones_like(ids)
-    seconds = []
-    for count in (1, new):
-        start = time.perf_counter()
-        model.generate(ids, attention_mask=attention, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-        seconds.append(time.perf_counter() - start)
-    return seconds[0], seconds[1] - seconds[0]
+    return lambda: torch_seconds(model, options.prompt, options.new)
 
 
 # --- llama.cpp ----------------------------------------------------------------------------------------

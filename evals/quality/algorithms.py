@@ -26,8 +26,9 @@ from llmquant.checkpoint.source import open_source
 from llmquant.cli.console import progress_bar
 from llmquant.config.recipe import to_config, with_algorithm
 from llmquant.integrations.transformers import load_tokenizer
-from llmquant.measure.evaluate import Reference, evaluate
+from llmquant.measure.evaluate import evaluate
 from llmquant.measure.memory import footprint
+from llmquant.measure.reference import Reference
 from llmquant.measure.text import load_text
 from llmquant.measure.windows import make_windows, tokenize
 from llmquant.quantize import make_plan

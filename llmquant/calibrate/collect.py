@@ -15,7 +15,7 @@ from llmquant.calibrate.observers import Observer
 from llmquant.calibrate.watch import MEAN_SQUARE, Asked, Watch
 from llmquant.config.recipe import to_config
 from llmquant.errors import CalibrationError
-from llmquant.measure.evaluate import inference
+from llmquant.measure.forward import inference
 from llmquant.measure.text import BUILTIN
 from llmquant.primitives.stats import InputStats
 from llmquant.quantize import Plan, Progress, make_plan

@@ -1,4 +1,4 @@
-"""`llmquant quantize --bits`: loads the plain model, chooses a scheme for each weight, and says what was compared."""
+"""The part of `llmquant quantize --bits` that people see: what was compared, the recipe and the plot."""
 
 from __future__ import annotations
 
@@ -9,106 +9,44 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from llmquant.cli.console import errors, progress_bar, size
-from llmquant.errors import CalibrationError, ConfigError, LlmQuantError
+from llmquant.cli.console import errors, size
+from llmquant.errors import ConfigError, LlmQuantError
 
 if TYPE_CHECKING:
-    from llmquant.cli.calibrated import Reading
-    from llmquant.config.base import QuantConfig
-    from llmquant.config.fqn import FqnToConfig
     from llmquant.tune.mixture import Mixture
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What `--bits` and the options beside it say.
+class Choice:
+    """Tells what a budget chose.
 
     Attributes:
-        bits: the most bits per quantized weight.
-        schemes: to choose from, with commas; None is the usual ones.
-        fixed: what `--set` says.
-        algorithm: for all weights whose format has it; scores are taken with it where it needs no calibration run.
+        model: name for the recipe and the plot.
         save_recipe, plot: files to write.
     """
 
-    bits: float
-    schemes: str | None
-    fixed: Mapping[str, Any]
-    algorithm: str | None = None
+    model: str
     save_recipe: Path | None = None
     plot: Path | None = None
 
-    def choose(self, model: str, reading: Reading, dtype: str = "auto") -> FqnToConfig:
-        """The config for a model; its recipe and its plot are written, and what was compared is told on stderr.
-
-        Args:
-            model: folder or hub id.
-            reading: what scores are taken on.
-            dtype: to compute in.
-
-        Raises:
-            BudgetError and what else `choose_mixture` raises.
-        """
-        from llmquant.cli.calibrated import FEW_TOKENS
-        from llmquant.config.fqn import FqnToConfig
-        from llmquant.tune.budget import SCHEMES, choose_mixture
-        from llmquant.tune.scope import parse_schemes
-
+    def check(self) -> None:
+        """Raises `MissingDependencyError` if there is a plot to draw and nothing to draw it with."""
         if self.plot:
             from llmquant.cli.bench_plot import require_matplotlib
 
             require_matplotlib()
-        options = with_algorithm(list(parse_schemes(self.schemes or SCHEMES).values()), self.algorithm)
-        plain, tokenizer, folder = load_plain(model, dtype)
-        with progress_bar("Choosing") as progress:
-            found = choose_mixture(
-                plain,
-                self.bits,
-                options,
-                reading.text or "builtin",
-                tokenizer=tokenizer,
-                fixed=FqnToConfig(self.fixed) if self.fixed else None,
-                tokens=FEW_TOKENS if reading.tokens is None else reading.tokens,
-                seed=reading.seed,
-                progress=progress,
-            )
-        print_mixture(found)
-        self._write(found, folder.name)
-        return found.config
 
-    def _write(self, found: Mixture, model: str) -> None:
+    def tell(self, found: Mixture) -> None:
+        """What was compared on stderr; the recipe and the plot to their files."""
+        print_mixture(found)
         if self.save_recipe:
-            write_text(found.to_yaml(model), self.save_recipe)
+            write_text(found.to_yaml(self.model), self.save_recipe)
             errors.print(f"recipe: {self.save_recipe}", highlight=False, soft_wrap=True)
         if self.plot:
             from llmquant.cli.tune_plot import draw_scores
 
-            draw_scores(found.scores, self.plot, found.chosen.schemes, title_of(found, model))
+            draw_scores(found.scores, self.plot, found.chosen.schemes, title_of(found, self.model))
             errors.print(f"plot: {self.plot}", highlight=False, soft_wrap=True)
-
-
-def with_algorithm(options: list[QuantConfig], algorithm: str | None) -> list[QuantConfig]:
-    """The same with another algorithm wherever a format has it. Raises `ConfigError` if none has it."""
-    changed = [option.with_algorithm(algorithm) for option in options] if algorithm else options
-    if algorithm and all(option.algorithm != algorithm for option in changed):
-        raise ConfigError(f"none of the schemes has the algorithm {algorithm!r}")
-    return changed
-
-
-def load_plain(model: str, dtype: str) -> tuple[Any, Any, Path]:
-    """A plain model that reads one text, its tokenizer and its folder.
-
-    Raises:
-        CalibrationError: for a model that reads two texts.
-        AlreadyQuantizedError, ModelNotFoundError: as `quantize_checkpoint`.
-    """
-    from llmquant.checkpoint.source import open_source, parse_dtype
-    from llmquant.integrations.transformers import load_tokenizer
-
-    source = open_source(model, parse_dtype(dtype))
-    if source.config.get("is_encoder_decoder"):
-        raise CalibrationError("an encoder and a decoder read two texts, of which there is one here", where=model)
-    return source.load(), load_tokenizer(source.folder), source.folder
 
 
 def check_unused(options: Mapping[str, Any]) -> None:

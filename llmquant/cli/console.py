@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from llmquant.convert.listener import Bar
 from llmquant.errors import LlmQuantError
-
-
-class Report(Protocol):
-    """What a bar is driven by: elements or windows done, in all, and perhaps what is at work."""
-
-    def __call__(self, done: int, total: int, item: str = "", /) -> None: ...
-
 
 console = Console()
 errors = Console(stderr=True)
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Report]:
+def progress_bar(title: str) -> Iterator[Bar]:
     """A bar on stderr, driven by calls with done, total and what is at work."""
     columns = (
         TextColumn("[bold]{task.description}"),
@@ -42,6 +36,22 @@ def progress_bar(title: str) -> Iterator[Report]:
             bar.update(task, completed=done, total=total, item=item)
 
         yield report
+
+
+class Terminal:
+    """Shows on stderr how a conversion goes."""
+
+    def bar(self, title: str) -> AbstractContextManager[Bar]:
+        """A progress bar."""
+        return progress_bar(title)
+
+    def say(self, text: str) -> None:
+        """A line."""
+        errors.print(text, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """A line that stands out."""
+        errors.print(f"[yellow]warning:[/] {text}", highlight=False, soft_wrap=True)
 
 
 def write_json(content: Any, path: Path) -> None:

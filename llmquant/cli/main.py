@@ -7,7 +7,7 @@ import sys
 import typer
 
 import llmquant
-from llmquant.cli import bench, compare, evaluate, info, inspect, quantize, recipes, refine, sensitivity
+from llmquant.cli import bench, compare, evaluate, info, inspect, quantize, recipes, refine, reports, sensitivity, sweep
 from llmquant.cli.console import errors
 from llmquant.errors import LlmQuantError
 
@@ -24,10 +24,13 @@ app = typer.Typer(
 app.command("quantize")(quantize.quantize)
 app.command("refine")(refine.refine)
 app.command("eval")(evaluate.evaluate)
+app.command("sweep")(sweep.sweep)
 app.command("inspect")(inspect.inspect)
 app.command("recipes")(recipes.recipes)
 app.command("sensitivity")(sensitivity.sensitivity)
 app.command("compare")(compare.compare)
+app.command("report")(reports.report)
+app.command("compare-reports")(reports.compare_reports)
 app.command("bench")(bench.bench)
 app.command("info")(info.info)
 

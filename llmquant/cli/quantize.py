@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from llmquant.cli.console import console, errors, size, write_json
+from llmquant.cli.console import Terminal, console, errors, size, write_json
 from llmquant.errors import ConfigError
 
 if TYPE_CHECKING:
+    from llmquant.config.recipe import Recipe
     from llmquant.quantize import QuantizationReport
 
 DEFAULT_RECIPE = "int4-g32"
@@ -128,44 +130,49 @@ def quantize(
     * `llmquant quantize ./m -o ./q --bits 4.25 --schemes int3-g64,int4-g64,int6-g64 --plot choice.png`
     """
     from llmquant.checkpoint.files import check_target
-    from llmquant.cli.budget import Budget, check_alone, check_unused
-    from llmquant.cli.calibrated import Calibrating, Reading
-    from llmquant.cli.prepared import Changes, split_algorithm
+    from llmquant.cli.budget import Choice, check_alone, check_unused
+    from llmquant.config.recipe import split_algorithm
+    from llmquant.convert.budget import Budget
+    from llmquant.convert.calibrated import Reading
+    from llmquant.convert.job import Conversion
 
-    migrate, algorithm = split_algorithm(algorithm)
+    budget, choice = None, Choice(Path(model).resolve().name, save_recipe, plot)
     if bits is None:
         check_unused({"--schemes": schemes, "--save-recipe": save_recipe, "--plot": plot})
     else:
         check_alone(recipe)
-    config, shard_bytes = build_config(recipe, set_ or [], algorithm), parse_size(max_shard_size)
+        budget = Budget(bits, schemes, parse_pairs(set_ or []), split_algorithm(algorithm)[1])
+    asked, shard_bytes = build_recipe(recipe, set_ or [], algorithm), parse_size(max_shard_size)
+    asked = replace(asked, changes=replace(asked.changes, rotate=rotate or asked.changes.rotate))
     check_target(output, overwrite)  # before the long part
-    reading, changes = Reading(calib, calib_tokens, seed, observer), Changes(rotate, rotate_seed, migrate)
-    with changes.applied(model, output, config, reading, imatrix, dtype) as plain:
-        if bits is not None:
-            budget = Budget(bits, schemes, parse_pairs(set_ or []), algorithm, save_recipe, plot)
-            config = budget.choose(plain, reading, dtype)
-        was_read = migrate is not None or bits is not None
-        work = Calibrating(plain, config, reading, imatrix, dtype, was_read=was_read)
-        write = work.by_blocks if work.needs_blocks else work.streamed
-        report = write(output, overwrite, shard_bytes)
+    choice.check()
+    reading = Reading(calib, calib_tokens, seed, observer)
+    report, reports = Conversion(asked, reading, budget, rotate_seed, imatrix, dtype).write(
+        *(model, output),
+        overwrite=overwrite,
+        max_shard_bytes=shard_bytes,
+        listener=Terminal(),
+        on_mixture=choice.tell,
+    )
     for warning in report.warnings:
         errors.print(f"[yellow]warning:[/] {warning}", highlight=False)
     if json:
-        write_json(report.to_dict() | changes.reports, json)
+        write_json(report.to_dict() | reports, json)
     if not json or str(json) != "-":
         print_report(report, output)
 
 
-def build_config(recipe: str | None, pairs: list[str], algorithm: str | None) -> Any:
-    """The `FqnToConfig` that the options describe."""
+def build_recipe(recipe: str | None, pairs: list[str], algorithm: str | None) -> Recipe:
+    """The recipe that the options describe."""
     from llmquant.config import recipe as recipes
 
     overrides = parse_pairs(pairs)
     if recipe is None and overrides:
-        config = recipes.to_config(overrides)
+        found = recipes.to_recipe(overrides)
     else:
-        config = recipes.to_config(recipe or DEFAULT_RECIPE).overridden_by(overrides)
-    return recipes.with_algorithm(config, algorithm) if algorithm else config
+        found = recipes.to_recipe(recipe or DEFAULT_RECIPE)
+        found = replace(found, config=found.config.overridden_by(overrides))
+    return recipes.change_algorithm(found, algorithm) if algorithm is not None else found
 
 
 def parse_pairs(pairs: list[str]) -> dict[str, Any]:

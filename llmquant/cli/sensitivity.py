@@ -55,7 +55,7 @@ def sensitivity(
 
     * `llmquant sensitivity ./SmolLM2 --scheme int2-g32,int4-g64 --method fisher --json scores.json`
     """
-    from llmquant.cli.budget import load_plain
+    from llmquant.convert.budget import load_plain
     from llmquant.tune.sensitivity import sensitivity as score
 
     if plot:

@@ -3,7 +3,8 @@
 ```yaml
 llmquant_recipe: 1
 description: Four bits, groups of 64
-algorithm: search
+algorithm: search   # or gptq, ...; awq+search and smoothquant scale the plain model's channels first
+rotate: hadamard    # or random; leave it out for none
 weights:            # first hit wins; keys as in FqnToConfig
   _embedding: int8
   _default: int4-g64
@@ -13,7 +14,7 @@ weights:            # first hit wins; keys as in FqnToConfig
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,45 @@ from llmquant.config.schemes import parse_config
 from llmquant.errors import ConfigError, LlmQuantError
 
 RECIPE_VERSION = 1
-_KEYS = ["llmquant_recipe", "description", "algorithm", "weights"]
+_KEYS = ["llmquant_recipe", "description", "algorithm", "rotate", "weights"]
+
+MIGRATIONS = ("awq", "smoothquant")
+ROTATIONS = ("hadamard", "random")
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What is done to the plain model before its weights are quantized, in this order; None is nothing.
+
+    Attributes:
+        rotate: one of `ROTATIONS`, for `rotate_`.
+        migrate: one of `MIGRATIONS`: `awq_` or `smoothquant_`.
+    """
+
+    rotate: str | None = None
+    migrate: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.rotate not in (None, *ROTATIONS):
+            raise ConfigError(f"there is no rotation {self.rotate!r}", hint=" or ".join(ROTATIONS))
+
+    def __bool__(self) -> bool:
+        return bool(self.rotate or self.migrate)
+
+    def __str__(self) -> str:
+        """The functions that do it."""
+        names = (self.rotate and f"rotate_ ({self.rotate})", self.migrate and f"{self.migrate}_")
+        return " and ".join(filter(None, names))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named `FqnToConfig`."""
+    """A named `FqnToConfig`, and what is done to the plain model before."""
 
     name: str
     description: str
     config: FqnToConfig
+    changes: Changes = Changes()
 
 
 def recipe_folder() -> Path:
@@ -76,10 +106,37 @@ def parse_recipe(content: Any, name: str, where: str) -> Recipe:
     if not isinstance(weights, Mapping) or not weights:
         raise ConfigError("a recipe needs weights: {key: scheme}", where=where)
     configs = {str(key): _parse_weight(str(key), value, where) for key, value in weights.items()}
-    config = FqnToConfig(configs)
-    if content.get("algorithm"):
-        config = with_algorithm(config, str(content["algorithm"]))
-    return Recipe(name, str(content.get("description", "")), config)
+    config, rotate = FqnToConfig(configs), content.get("rotate")
+    try:
+        migrate, algorithm = split_algorithm(str(content.get("algorithm") or ""))
+        changes = Changes(None if rotate is None else str(rotate), migrate)
+        config = with_algorithm(config, algorithm) if algorithm else config
+    except ConfigError as error:
+        raise ConfigError(error.what, where=where, hint=error.hint) from error
+    return Recipe(name, str(content.get("description", "")), config, changes)
+
+
+def split_algorithm(algorithm: str | None) -> tuple[str | None, str | None]:
+    """`awq+gptq` as the scales and the algorithm behind them; either may be missing. Raises `ConfigError`."""
+    first, plus, rest = (algorithm or "").partition("+")
+    if first in MIGRATIONS:
+        return first, rest or None
+    if plus:
+        raise ConfigError(
+            f"{first!r} cannot stand before another algorithm", hint=f"{' or '.join(MIGRATIONS)}, as in awq+gptq"
+        )
+    return None, algorithm or None
+
+
+def change_algorithm(recipe: Recipe, algorithm: str) -> Recipe:
+    """A recipe with another algorithm, and with the scales of channels that the text names (`awq+gptq`) or none.
+
+    Raises:
+        ConfigError: if none of its formats has the algorithm.
+    """
+    migrate, own = split_algorithm(algorithm)
+    config = with_algorithm(recipe.config, own) if own else recipe.config
+    return replace(recipe, config=config, changes=replace(recipe.changes, migrate=migrate))
 
 
 def with_algorithm(config: FqnToConfig, algorithm: str) -> FqnToConfig:
@@ -96,11 +153,15 @@ def with_algorithm(config: FqnToConfig, algorithm: str) -> FqnToConfig:
 def to_config(source: Any) -> FqnToConfig:
     """Whatever a user may hand over as an `FqnToConfig`: a scheme, a recipe's name or path, a config, a mapping
     of keys to schemes or configs, or such pairs.
+
+    Raises:
+        ConfigError: for what is none of these, and for a recipe that changes the plain model first: its config alone
+            would be another recipe.
     """
     if isinstance(source, FqnToConfig):
         return source
     if isinstance(source, Recipe):
-        return source.config
+        return _unchanged(source)
     if source is None or isinstance(source, QuantConfig):
         return FqnToConfig.of(source)
     if isinstance(source, Mapping):
@@ -114,8 +175,27 @@ def to_config(source: Any) -> FqnToConfig:
             hint='for instance "int4-g64", Int4WeightOnlyConfig(group_size=64) or FqnToConfig({...})',
         )
     if isinstance(source, Path) or _looks_like_recipe(source):
-        return load_recipe(source).config
+        return _unchanged(load_recipe(source))
     return FqnToConfig.of(parse_config(source))
+
+
+def to_recipe(source: Any) -> Recipe:
+    """The same as a recipe, with what it does to the plain model first. Raises `ConfigError`."""
+    if isinstance(source, Recipe):
+        return source
+    if isinstance(source, Path) or (isinstance(source, str) and _looks_like_recipe(source)):
+        return load_recipe(source)
+    return Recipe(str(source), "", to_config(source))
+
+
+def _unchanged(recipe: Recipe) -> FqnToConfig:
+    if recipe.changes:
+        raise ConfigError(
+            f"this recipe changes the plain model first, by {recipe.changes}",
+            where=f"recipe {recipe.name!r}",
+            hint=f"llmquant quantize --recipe {recipe.name}; in Python call that, then use load_recipe(...).config",
+        )
+    return recipe.config
 
 
 def to_pairs(config: FqnToConfig) -> list[list[Any]]:

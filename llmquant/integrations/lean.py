@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from llmquant.errors import UnsupportedOpError
 from llmquant.integrations.guards import Guards, Unfit
 from llmquant.integrations.merge import Product, merge, product
-from llmquant.integrations.steps import ChainedStack, Layer, Norm, Place, can_attend, can_chain, norm, sees_all
+from llmquant.integrations.steps import ChainedStack, Layer, Norm, Place, can_attend, can_chain, norm, rooms_of_all
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 """Prefixes of the classes of transformers whose layers are the steps below."""
@@ -42,25 +42,26 @@ class Plan:
     def run(self, x: Tensor, at: Place, caches: list[DynamicLayer]) -> Tensor:
         """x [B, L, hidden] -> the normed output; natively where that can be and no other thread is at it."""
         assert self.final_norm is not None
-        stack = self._chained(x, at, caches) if x.shape[1] == 1 else None
+        rooms = rooms_of_all(at, caches) if x.shape[1] == 1 else None
+        stack = self._chained(x, rooms is not None) if x.shape[1] == 1 else None
         if stack is not None and stack.lock.acquire(blocking=False):
             try:
-                return stack(x, at, caches)
+                return stack(x, at, caches, rooms)
             finally:
                 stack.lock.release()
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, at, cache)
         return norm(x, self.final_norm)
 
-    def _chained(self, x: Tensor, at: Place, caches: list[DynamicLayer]) -> ChainedStack | None:
-        """The native stack for such a call, built when first needed, or None."""
+    def _chained(self, x: Tensor, whole: bool) -> ChainedStack | None:
+        """The native stack for such a call, built when first needed, or None; `whole` where its caches allow that."""
         assert self.final_norm is not None
-        whole = sees_all(at, caches) and can_attend(self.layers, x.dtype)
         key = (x.shape[0], x.dtype, whole)
         if key not in self.chained:
             fits = can_chain(self.layers, self.final_norm, x.squeeze(1))
+            attends = whole and can_attend(self.layers, x.dtype)
             with torch.inference_mode(False), torch.no_grad():  # its buffers outlive this call
-                self.chained[key] = ChainedStack(self.layers, self.final_norm, *key) if fits else None
+                self.chained[key] = ChainedStack(self.layers, self.final_norm, *key[:2], attends) if fits else None
         return self.chained[key]
 
 

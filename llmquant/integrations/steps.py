@@ -190,27 +190,28 @@ class ChainedStack:
         gates = made.linear(made.norm(self.x, *layer.post_norm), *layer.gate_up[0])  # type: ignore[arg-type]
         made.add_(self.x, made.linear(made.gate(gates), *layer.down))  # type: ignore[arg-type]
 
-    def __call__(self, x: Tensor, at: Place, caches: list[DynamicLayer]) -> Tensor:
-        """x [B, 1, hidden] -> the normed output, the same shape; appends to the caches. Holds the buffers meanwhile."""
+    def __call__(self, x: Tensor, at: Place, caches: list[DynamicLayer], rooms: list[Room] | None) -> Tensor:
+        """x [B, 1, hidden] -> the normed output, the same shape; appends to the caches. Holds the buffers meanwhile.
+
+        `rooms` are those of the caches; a whole stack needs them.
+        """
         out = torch.empty_like(x)
         self.x.copy_(x.squeeze(1))
         self.cos.copy_(at.cos.flatten(0, -2))
         self.sin.copy_(at.sin.flatten(0, -2))
         if self.whole:
-            self._run_whole(out, caches)
+            assert rooms is not None
+            self._run_whole(out, caches, rooms)
         else:
             self._run_parts(out, at, caches)
         return out
 
-    def _run_whole(self, out: Tensor, caches: list[DynamicLayer]) -> None:
-        rooms: list[Room] = []
-        for attention, (_, k, v), cache in zip(self.attentions, self.heads, caches, strict=True):
-            room = room_of(cache)
-            assert room is not None, "`sees_all` was asked"
-            check_fits("keys", k, room.keys)
-            check_fits("values", v, room.values)
+    def _run_whole(self, out: Tensor, caches: list[DynamicLayer], rooms: list[Room]) -> None:
+        for attention, (_, k, v), room in zip(self.attentions, self.heads, rooms, strict=True):
+            if not attention.looks_at(room.all_keys, room.all_values):  # whose shapes never change
+                check_fits("keys", k, room.keys)
+                check_fits("values", v, room.values)
             attention.look_at(room.all_keys, room.all_values, room.length)
-            rooms.append(room)
         self.chains[0].run(out=out)
         for room, cache in zip(rooms, caches, strict=True):
             room.grow(cache)
@@ -224,7 +225,12 @@ class ChainedStack:
             self.chains[i + 1].run(seen, out if i == last else None)
 
 
-def sees_all(at: Place, caches: list[DynamicLayer]) -> bool:
-    """Whether tokens look at all positions of caches that can grow in place, and torch would use flash attention."""
-    everything = at.seen is None and torch.backends.cuda.flash_sdp_enabled()  # said of CPUs, too
-    return everything and all(room_of(cache) is not None for cache in caches)
+def rooms_of_all(at: Place, caches: list[DynamicLayer]) -> list[Room] | None:
+    """The rooms of caches that can grow in place, if tokens look at all positions and torch would use flash attention.
+
+    None where any of that does not hold.
+    """
+    if at.seen is not None or not torch.backends.cuda.flash_sdp_enabled():  # said of CPUs, too
+        return None
+    rooms = [room for cache in caches if (room := room_of(cache)) is not None]
+    return rooms if len(rooms) == len(caches) else None

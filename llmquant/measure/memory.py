@@ -23,17 +23,27 @@ def weight_bytes(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class WeightCounts:
-    """Elements and bytes of a model's distinct parameters, and of the quantized among them."""
+    """Elements and bytes of a model's distinct parameters, of the quantized among them, and of its embeddings.
+
+    Embeddings are the weights with a row for every token or position: those of each `nn.Embedding`, and the head.
+    """
 
     elements: int
     bytes: int
     quantized_elements: int
     quantized_bytes: int
+    embedding_elements: int
+    embedding_bytes: int
 
     @property
     def bits_per_weight(self) -> float | None:
         """Over all parameters, embeddings, norms and scales included; None for a model without any."""
         return _bits(self.bytes, self.elements)
+
+    @property
+    def bits_per_weight_without_embeddings(self) -> float | None:
+        """Over all parameters but embeddings and head; None for a model without others."""
+        return _bits(self.bytes - self.embedding_bytes, self.elements - self.embedding_elements)
 
     @property
     def bits_per_quantized_weight(self) -> float | None:
@@ -45,7 +55,15 @@ def weight_counts(model: nn.Module) -> WeightCounts:
     """Count a model's distinct parameters. Quantized are those with an attribute `qdata`."""
     every = list(_distinct(model.parameters()))
     quantized = [tensor for tensor in every if hasattr(tensor, "qdata")]
-    return WeightCounts(*_totals(every), *_totals(quantized))
+    return WeightCounts(*_totals(every), *_totals(quantized), *_totals(list(_distinct(_embeddings(model)))))
+
+
+def _embeddings(model: nn.Module) -> Iterator[Tensor]:
+    """The weights of all embeddings and of the head, as transformers names it."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for module in (*model.modules(), head):
+        if module is head or isinstance(module, nn.Embedding):
+            yield from () if module is None else module.parameters(recurse=False)
 
 
 def _totals(tensors: list[Tensor]) -> tuple[int, int]:
@@ -83,13 +101,14 @@ class Footprint:
         disk: the model folder's weight files.
         weights: distinct parameters and buffers in memory.
         peak_rss: `VmHWM`, this process's peak resident memory, memory-mapped files included.
-        bits_per_weight, bits_per_quantized_weight: as in `WeightCounts`.
+        bits_per_weight, bits_per_weight_without_embeddings, bits_per_quantized_weight: as in `WeightCounts`.
     """
 
     disk: int | None
     weights: int
     peak_rss: int | None
     bits_per_weight: float | None
+    bits_per_weight_without_embeddings: float | None
     bits_per_quantized_weight: float | None
 
 
@@ -101,6 +120,7 @@ def footprint(model: nn.Module, folder: str | Path | None = None) -> Footprint:
         weights=weight_bytes(model),
         peak_rss=peak_rss(),
         bits_per_weight=counts.bits_per_weight,
+        bits_per_weight_without_embeddings=counts.bits_per_weight_without_embeddings,
         bits_per_quantized_weight=counts.bits_per_quantized_weight,
     )
 

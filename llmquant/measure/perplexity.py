@@ -25,7 +25,12 @@ def token_nll(logits: Tensor, ids: Tensor, rows: int = ROWS) -> Tensor:
     """
     if logits.dim() == 3:
         return torch.stack([token_nll(*window, rows=rows) for window in zip(logits, ids, strict=True)])
-    return map_rows(_nll, logits[:-1], ids[1:].to(logits.device), rows=rows)
+    return target_nll(logits[:-1], ids[1:], rows)
+
+
+def target_nll(logits: Tensor, targets: Tensor, rows: int = ROWS) -> Tensor:
+    """Negative log likelihood, in nats, of a target id [R] for each row of logits [R, V]: [R] float64."""
+    return map_rows(_nll, logits, targets.to(logits.device), rows=rows)
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -35,6 +40,27 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
 def standard_error(values: Tensor) -> float:
     """Standard error of the mean of values [N] taken as independent: std / sqrt(N); NaN for fewer than two."""
     return float(values.double().std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class Change:
+    """A candidate's perplexity relative to its baseline's on the same tokens: 0.01 is one percent worse.
+
+    Attributes:
+        value: exp(mean of the tokens' NLL differences) - 1.
+        stderr: its standard error, (1 + value) * std(difference) / sqrt(N), by the delta method. What makes a text hard
+            for both models cancels in the difference, so this is far below the errors of the two perplexities.
+    """
+
+    value: float
+    stderr: float
+
+    @classmethod
+    def from_nll(cls, nll: Tensor, baseline: Tensor) -> Change:
+        """From the NLL of candidate and baseline, both [N], in nats."""
+        difference = nll.double() - baseline.double()
+        ratio = float(difference.mean().exp())
+        return cls(ratio - 1, ratio * standard_error(difference))
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 
 from llmquant.measure.evaluate import Evaluation, Protocol
 from llmquant.measure.memory import Footprint
-from llmquant.measure.perplexity import Perplexity
+from llmquant.measure.speed import Speed
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def build_record(
@@ -29,41 +29,63 @@ def build_record(
     footprint: Footprint,
     versions: dict[str, str],
     machine: dict[str, Any],
+    noise_floor: Evaluation | None = None,
+    speed: Speed | None = None,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """The record as plain JSON types. Figures that do not exist or are not finite (an overflow) are null.
 
-    Units: KL in nats per token; top1 a fraction; bytes in bytes, save for the bits per weight; seconds of wall time.
+    Units: KL in nats per token; top1 and delta_p_rms fractions; bytes in bytes, save for the bits per weight; seconds
+    of wall time. `logits_rows` is how many rows of logits were in memory at once; `noise_floor` what `measure.noise`
+    found, with the keys that `figures` has; `speed` what `measure.speed` did; `processes` how many shared the windows.
     """
     record = {
         "schema": SCHEMA,
         "model": model,
         "baseline": baseline,
         "protocol": asdict(protocol),
-        "perplexity": _perplexity(evaluation.perplexity, evaluation.baseline),
-        "kl": asdict(evaluation.kl) if evaluation.kl else None,
-        "top1": evaluation.top1,
+        **figures(evaluation),
+        "nonfinite": asdict(evaluation.nonfinite),
+        "logits_rows": evaluation.rows,
+        "noise_floor": figures(noise_floor) if noise_floor else None,
+        "speed": asdict(speed) if speed else None,
         "bytes": asdict(footprint),
         "seconds": evaluation.seconds,
+        "processes": processes,
         "versions": versions,
         "machine": machine,
     }
     return {key: _finite(value) for key, value in record.items()}
 
 
-def _perplexity(own: Perplexity, baseline: Perplexity | None) -> dict[str, float | None]:
-    """`change` is relative: 0.01 is one percent worse than the baseline."""
-    return {
+def figures(evaluation: Evaluation) -> dict[str, Any]:
+    """What says how good the model is, as plain JSON: `perplexity`, `kl`, `top1`, `delta_p_rms`.
+
+    `perplexity.change` is relative, with a paired standard error: 0.01 is one percent worse than the baseline.
+    """
+    own, baseline, change = evaluation.perplexity, evaluation.baseline, evaluation.change
+    perplexity = {
         "value": own.value,
         "stderr": own.stderr,
         "baseline": baseline.value if baseline else None,
-        "change": own.value / baseline.value - 1 if baseline else None,
+        "change": change.value if change else None,
+        "change_stderr": change.stderr if change else None,
     }
+    found = {
+        "perplexity": perplexity,
+        "kl": asdict(evaluation.kl) if evaluation.kl else None,
+        "top1": evaluation.top1,
+        "delta_p_rms": evaluation.delta_p_rms,
+    }
+    return {key: _finite(value) for key, value in found.items()}
 
 
 def _finite(value: Any) -> Any:
-    """The value with NaN and infinity, which JSON does not have, replaced by None."""
+    """The value with NaN and infinity, which JSON does not have, replaced by None, and tuples by lists."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

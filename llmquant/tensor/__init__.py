@@ -8,6 +8,7 @@ from llmquant.formats import Format
 from llmquant.primitives.dynamic import Activation
 from llmquant.tensor import contractions as _contractions  # noqa: F401  (fills the dispatch tables, as do the next)
 from llmquant.tensor import distributed as _distributed  # noqa: F401
+from llmquant.tensor import shapes as _shapes  # noqa: F401
 from llmquant.tensor.affine import AffineTensor, Int4Tensor, Int8Tensor, IntxTensor
 from llmquant.tensor.base import Meta, QuantizedTensor, _rebuild
 from llmquant.tensor.scaled import Float8Tensor, MXTensor, NF4Tensor, NVFP4Tensor, ScaledTensor

@@ -352,7 +352,7 @@ class QuantizedTensor(torch.Tensor):
         return unsupported(func, *args) if result is NotImplemented else result
 
 
-# Filled by `tensor.ops` (one table for functions, one for aten operators by overload packet).
+# Filled through `tensor.table` (one table for functions, one for aten operators by overload packet).
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 DISPATCH: dict[Any, Callable[..., Any]] = {}
 # Operators whose result has the very scale of its argument, or no need of it.

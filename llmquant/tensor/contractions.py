@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llmquant.tensor.base import QuantizedTensor, unsupported
-from llmquant.tensor.ops import aten, dispatch, function, linear, product
+from llmquant.tensor.products import linear, product
+from llmquant.tensor.table import aten, dispatch, function
 
 
 class _Terms(NamedTuple):

@@ -11,7 +11,7 @@ from llmquant.errors import UnsupportedOpError
 from llmquant.primitives.blocks import block_counts
 from llmquant.tensor import slicing
 from llmquant.tensor.base import Field, QuantizedTensor, unsupported
-from llmquant.tensor.ops import aten, dispatch
+from llmquant.tensor.table import aten, dispatch
 
 LEAVE_OUT = "name it in `ignored_params` of fully_shard"
 

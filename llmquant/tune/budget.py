@@ -20,7 +20,7 @@ from llmquant.algorithms.knapsack import knapsack
 from llmquant.config.fqn import FqnToConfig
 from llmquant.config.recipe import to_config
 from llmquant.errors import BudgetError
-from llmquant.measure.evaluate import Reference
+from llmquant.measure.reference import Reference
 from llmquant.measure.text import BUILTIN
 from llmquant.quantize import Progress
 from llmquant.tune.bank import Bank, Quantize, bytes_under, plain_quantize

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmquant.errors import CalibrationError, LlmQuantError, NothingToQuantizeError
-from llmquant.measure.evaluate import Reference
+from llmquant.measure.reference import Reference
 from llmquant.primitives.affine import stored
 from llmquant.tensor import QuantizedTensor
 from llmquant.tune.batches import drawn

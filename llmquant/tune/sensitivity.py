@@ -13,7 +13,8 @@ from llmquant.calibrate.collect import as_batches
 from llmquant.config.base import QuantConfig
 from llmquant.config.candidates import Candidate
 from llmquant.errors import CalibrationError, ConfigError
-from llmquant.measure.evaluate import Reference, evaluate
+from llmquant.measure.evaluate import evaluate
+from llmquant.measure.reference import Reference
 from llmquant.measure.text import BUILTIN
 from llmquant.quantize import Progress
 from llmquant.tune.bank import Bank, Quantize, bytes_under, plain_quantize

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import llmquant
 from llmquant.cli.main import app, main
-from llmquant.cli.quantize import build_config, parse_size
+from llmquant.cli.quantize import build_recipe, parse_size
 from llmquant.config.recipe import list_recipes, load_recipe
 from llmquant.errors import ConfigError
 
@@ -104,7 +104,8 @@ def test_every_recipe_quantizes_from_the_command_line(plain: Path, tmp_path: Pat
 
 
 def test_set_goes_before_the_recipe_and_replaces_equal_keys() -> None:
-    config = build_config("mixed-4-6-8", ["_embedding=none", "re:.*q_proj=int2-g32", "lm_head=int8-tensor"], None)
+    keys = ["_embedding=none", "re:.*q_proj=int2-g32", "lm_head=int8-tensor"]
+    config = build_recipe("mixed-4-6-8", keys, None).config
     assert [key for key, _ in config.items()][:3] == ["_embedding", "re:.*q_proj", "lm_head"]
     changed, original = dict(config.items()), dict(load_recipe("mixed-4-6-8").config.items())
     assert changed["_embedding"] is None and original["_embedding"] is not None
@@ -114,7 +115,7 @@ def test_set_goes_before_the_recipe_and_replaces_equal_keys() -> None:
 
 
 def test_set_splits_at_the_last_equals_sign() -> None:
-    config = build_config(None, ["re:a(?=b)c=int8"], None)
+    config = build_recipe(None, ["re:a(?=b)c=int8"], None).config
     assert [key for key, _ in config.items()] == ["re:a(?=b)c"]
 
 

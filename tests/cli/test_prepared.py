@@ -11,8 +11,10 @@ import torch
 from test_commands import plain, run  # noqa: F401  (plain is a fixture)
 
 import llmquant
-from llmquant.cli.prepared import split_algorithm
+from llmquant.config.recipe import split_algorithm
 from llmquant.errors import ConfigError
+
+CALIB = ("--calib", "builtin", "--calib-tokens", 512)
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "random"])
@@ -62,6 +64,24 @@ def test_all_together_with_gptq(plain: Path, tmp_path: Path) -> None:  # noqa: F
     assert sorted(p.name for p in tmp_path.iterdir()) == ["q"]
     error = models.logits(models.load(tmp_path / "q")) - models.logits(models.load(plain))
     assert 0 < error.norm() / models.logits(models.load(plain)).norm() < 0.5
+
+
+def test_a_recipe_says_what_options_say(plain: Path, tmp_path: Path) -> None:  # noqa: F811
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("llmquant_recipe: 1\nalgorithm: awq+rtn\nrotate: random\nweights: {_default: int4-g32}")
+    runs = {
+        "by-recipe": ("--recipe", recipe),
+        "by-options": ("--recipe", "int4-g32", "--algorithm", "awq+rtn", "--rotate", "random"),
+        "awq-replaced": ("--recipe", recipe, "--algorithm", "rtn"),
+    }
+    found = {}
+    for name, options in runs.items():
+        reading = () if name == "awq-replaced" else CALIB
+        status, _, told = run("quantize", plain, "-o", tmp_path / name, *options, *reading)
+        assert status == 0, told
+        found[name] = models.logits(models.load(tmp_path / name))
+    assert torch.equal(found["by-recipe"], found["by-options"])
+    assert not torch.equal(found["by-recipe"], found["awq-replaced"])
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from llmquant.config.base import QuantConfig
 from llmquant.config.fqn import FqnToConfig
 from llmquant.config.named import Int4WeightOnlyConfig
 from llmquant.config.recipe import (
+    ROTATIONS,
     Recipe,
     list_recipes,
     load_recipe,
@@ -20,11 +21,13 @@ from llmquant.config.recipe import (
     recipe_folder,
     to_config,
     to_pairs,
+    to_recipe,
     with_algorithm,
 )
 from llmquant.config.schemes import parse_scheme
 from llmquant.errors import ConfigError
 from llmquant.tensor import QuantizedTensor
+from llmquant.tune.orthogonal import Kind
 
 SHIPPED = [recipe.name for recipe in list_recipes()]
 
@@ -165,6 +168,22 @@ def test_another_algorithm_where_there_is_one() -> None:
         with_algorithm(to_config("float8"), "search")
 
 
+@pytest.mark.parametrize("key", ["rotate: hadamard", "algorithm: awq", "algorithm: smoothquant+rtn"])
+def test_what_a_recipe_does_to_the_plain_model_is_not_forgotten(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path, f"llmquant_recipe: 1\n{key}\nweights: {{_default: int4-g32}}")
+    recipe = load_recipe(path)
+    assert recipe.changes and to_recipe(str(path)) == recipe == to_recipe(recipe)
+    for source in (path, recipe):
+        with pytest.raises(ConfigError, match="changes the plain model first") as caught:
+            to_config(source)
+        assert str(recipe.changes) in str(caught.value)
+    assert to_config(recipe.config) is recipe.config
+
+
+def test_rotations_are_those_that_exist() -> None:
+    assert get_args(Kind) == ROTATIONS
+
+
 # --- errors -----------------------------------------------------------------------------------------------
 
 BAD_RECIPES = {
@@ -182,6 +201,8 @@ BAD_RECIPES = {
     "misspelt field": ("llmquant_recipe: 1\nweights: {_default: {format: int4, group: 3}}", "group_size"),
     "misspelt reserved key": ("llmquant_recipe: 1\nweights: {_embeding: int4}", "_embedding"),
     "unknown algorithm": ("llmquant_recipe: 1\nalgorithm: magic\nweights: {_default: int4}", "magic"),
+    "algorithms in a wrong order": ("llmquant_recipe: 1\nalgorithm: gptq+awq\nweights: {_default: int4}", "awq+gptq"),
+    "unknown rotation": ("llmquant_recipe: 1\nrotate: givens\nweights: {_default: int4}", "hadamard or random"),
     "bad pattern": ("llmquant_recipe: 1\nweights: {'re:(': int4}", "re:("),
 }
 

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from models import VOCAB, build
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 CONTEXT = 24
 
 MakeModel = Callable[..., PreTrainedModel]
+
+
+class Fixed(nn.Module):
+    """Predicts the same logits [V] everywhere and remembers how it was called."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.row = nn.Parameter(logits)
+        self.calls: list[dict[str, object]] = []
+
+    def forward(self, ids: Tensor, **options: object) -> SimpleNamespace:
+        self.calls.append(options | {"training": self.training, "inference": torch.is_inference_mode_enabled()})
+        return SimpleNamespace(logits=self.row.expand(*ids.shape, -1))
 
 
 @pytest.fixture(scope="session")

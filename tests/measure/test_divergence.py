@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 
-from llmquant.measure.divergence import ROUNDING, Divergence, delta_p_rms, kl, top1_agrees
+from llmquant.measure.divergence import ROUNDING, Divergence, by_confidence, delta_p_rms, kl
 
 seeds = st.integers(0, 2**31)
 vocabularies = st.integers(2, 300)
@@ -90,16 +90,6 @@ def test_logits_of_two_vocabularies_are_a_bug() -> None:
         kl(torch.zeros(2, 3), torch.zeros(2, 4))
 
 
-@given(seed=seeds, vocab=vocabularies)
-def test_top1_agreement_sees_only_the_most_likely_token(seed: int, vocab: int) -> None:
-    p, q = pair(seed, vocab)
-    agrees = top1_agrees(p, q)
-    assert agrees.dtype == torch.bool
-    assert agrees.tolist() == [int(a.argmax()) == int(b.argmax()) for a, b in zip(p, q, strict=True)]
-    assert top1_agrees(p, 0.5 * p - 3).all()
-    assert not top1_agrees(p, -p).any()
-
-
 @given(seed=seeds)
 def test_delta_p_is_the_root_mean_square_of_probability_changes(seed: int) -> None:
     p, q = torch.rand(2, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).clamp(min=1e-9)
@@ -127,3 +117,29 @@ def test_the_summary_is_ordered_and_blind_to_order(seed: int, count: int) -> Non
 def test_percentiles_of_a_ramp() -> None:
     summary = Divergence.from_kl(torch.arange(101.0))
     assert (summary.median, summary.p90, summary.p99, summary.max) == (50, 90, 99, 100)
+
+
+@given(seed=seeds, count=st.integers(1, 300), bins=st.integers(1, 12))
+def test_every_token_is_in_the_bin_of_its_confidence(seed: int, count: int, bins: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values, confidence = torch.rand(2, count, dtype=torch.float64, generator=generator)
+    found = by_confidence(values, confidence, bins)
+    assert [(cell.low, cell.high) for cell in found] == [(i / bins, (i + 1) / bins) for i in range(bins)]
+    assert sum(cell.tokens for cell in found) == count
+    assert sum(cell.tokens * (cell.mean or 0.0) for cell in found) == pytest.approx(float(values.sum()))
+    for index, cell in enumerate(found):
+        inside = (confidence * bins).long() == index
+        assert cell.tokens == int(inside.sum()) and (cell.mean is None) == (cell.tokens == 0)
+
+
+def test_the_borders_of_confidence_belong_to_the_bin_above_and_one_to_the_last() -> None:
+    found = by_confidence(torch.ones(4), torch.tensor([0.0, 0.5, 0.499, 1.0]), bins=2)
+    assert [cell.tokens for cell in found] == [2, 2]
+
+
+def test_an_infinite_divergence_is_not_averaged_away() -> None:
+    values = torch.tensor([0.0, 1.0, 2.0, math.inf])
+    summary = Divergence.from_kl(values, torch.tensor([0.1, 0.1, 0.1, 0.95]))
+    assert (summary.mean, summary.max, summary.p99) == (math.inf, math.inf, math.inf) and math.isnan(summary.stderr)
+    assert summary.median == 1.5 and [cell.mean for cell in summary.by_confidence if cell.tokens] == [1.0, math.inf]
+    assert Divergence.from_kl(torch.full((3,), math.inf)).median == math.inf

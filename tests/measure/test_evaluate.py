@@ -1,22 +1,19 @@
 import copy
-import errno
 import math
-import shutil
-from collections import namedtuple
-from dataclasses import asdict, replace
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from llmquant.errors import LlmQuantError, NoSpaceError
+from llmquant.errors import LlmQuantError
 from llmquant.measure.divergence import kl
-from llmquant.measure.evaluate import Evaluation, Protocol, Reference, evaluate, inference
+from llmquant.measure.evaluate import Evaluation, Protocol, evaluate
+from llmquant.measure.perplexity import Change
+from llmquant.measure.reference import Reference
 from llmquant.measure.text import Text
 
-from .conftest import CONTEXT, VOCAB, MakeModel
+from .conftest import CONTEXT, VOCAB, Fixed, MakeModel
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -29,19 +26,6 @@ def compared(model: nn.Module, baseline: nn.Module, windows: Tensor) -> Evaluati
     """The model against a reference of the baseline."""
     with Reference.compute(baseline, windows) as reference:
         return evaluate(model, windows, reference)
-
-
-class Fixed(nn.Module):
-    """Predicts the same logits [V] everywhere and remembers how it was called."""
-
-    def __init__(self, logits: Tensor) -> None:
-        super().__init__()
-        self.row = nn.Parameter(logits)
-        self.calls: list[dict[str, object]] = []
-
-    def forward(self, ids: Tensor, **options: object) -> SimpleNamespace:
-        self.calls.append(options | {"training": self.training, "inference": torch.is_inference_mode_enabled()})
-        return SimpleNamespace(logits=self.row.expand(*ids.shape, -1))
 
 
 def test_perplexity_is_exp_of_the_loss_transformers_computes(make_model: MakeModel, windows: Tensor) -> None:
@@ -64,8 +48,8 @@ def test_without_a_baseline_there_is_nothing_to_compare(make_model: MakeModel, w
 def test_a_model_against_itself_has_not_moved(make_model: MakeModel, windows: Tensor, dtype: torch.dtype) -> None:
     model = make_model(1, dtype)
     result = compared(model, model, windows)
-    assert result.kl is not None and set(asdict(result.kl).values()) == {0.0}
-    assert (result.top1, result.delta_p_rms) == (1.0, 0.0)
+    assert result.kl is not None and (result.kl.max == 0.0 if dtype.itemsize == 2 else result.kl.max < 1e-6)
+    assert (result.top1, result.delta_p_rms, result.change) == (1.0, 0.0, Change(0.0, 0.0))
     assert result.baseline == result.perplexity == evaluate(model, windows).perplexity
 
 
@@ -77,7 +61,7 @@ def test_the_figures_are_those_of_the_scored_positions(make_model: MakeModel, wi
     target = windows[:, 1:].flatten()[:, None]
     change = (q.double().softmax(-1) - p.double().softmax(-1)).gather(1, target)
     assert result.kl is not None and result.kl.mean == pytest.approx(float(kl(p, q).mean()), rel=1e-6)
-    assert result.kl.max == pytest.approx(float(kl(p, q).max()), rel=1e-6)
+    assert result.kl.max == pytest.approx(float(kl(p, q).max()), rel=1e-5)
     assert result.top1 == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
     assert result.delta_p_rms == pytest.approx(float(change.square().mean().sqrt()), rel=1e-5)
     assert result.baseline == evaluate(baseline, windows).perplexity
@@ -107,25 +91,6 @@ def test_one_reference_serves_many_candidates(make_model: MakeModel, windows: Te
     assert first == again[::-1] and first[0] != first[1]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_reference_keeps_the_models_own_logits(make_model: MakeModel, windows: Tensor, dtype: torch.dtype) -> None:
-    model = make_model(1, dtype)
-    with Reference.compute(model, windows) as reference, torch.inference_mode():
-        assert reference.nll.shape == (len(windows), CONTEXT - 1)
-        for index, window in enumerate(windows):
-            logits, nll = reference.window(index)
-            assert logits.dtype == dtype and torch.equal(logits, model(window[None]).logits[0])
-            assert torch.equal(nll, reference.nll[index])
-
-
-def test_windows_of_a_reference_may_start_anywhere_in_a_page(windows: Tensor) -> None:
-    """A vocabulary of 7 in 16 bits: no window but the first is aligned to anything."""
-    model = Fixed(torch.arange(7.0, dtype=torch.bfloat16))
-    with Reference.compute(model, windows % 7) as reference:
-        for index in range(len(windows)):
-            assert torch.equal(reference.window(index)[0], model.row.detach().expand(CONTEXT, 7))
-
-
 def test_a_reference_for_other_windows_is_refused(make_model: MakeModel, windows: Tensor) -> None:
     model = make_model(1)
     with Reference.compute(model, windows) as reference:
@@ -147,95 +112,12 @@ def test_another_vocabulary_is_refused(windows: Tensor) -> None:
     assert str(VOCAB) in str(caught.value.where) and str(VOCAB + 1) in str(caught.value.where)
 
 
-def test_the_file_is_gone_after_use(make_model: MakeModel, windows: Tensor, tmp_path: Path) -> None:
-    with Reference.compute(make_model(1), windows, folder=tmp_path) as reference:
-        evaluate(make_model(1), windows, reference)
-    assert not list(tmp_path.iterdir()) and reference._file.closed
-    reference.close()
-
-
-def test_the_file_is_gone_after_an_exception_in_the_body(
-    make_model: MakeModel, windows: Tensor, tmp_path: Path
-) -> None:
-    with pytest.raises(KeyError), Reference.compute(make_model(1), windows, folder=tmp_path) as reference:
-        raise KeyError
-    assert not list(tmp_path.iterdir()) and reference._file.closed
-
-
-def test_the_file_is_gone_after_an_exception_while_computing(
-    make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    closed: list[Reference] = []
-    monkeypatch.setattr(Reference, "close", lambda self: (closed.append(self), self._file.close()))
-
-    def interrupt(done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        Reference.compute(make_model(1), windows, interrupt, folder=tmp_path)
-    assert len(closed) == 1 and closed[0]._file.closed and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("spare", "fits"), [(0, True), (-1, False)])
-def test_room_is_checked_to_the_byte_before_anything_is_written(
-    make_model: MakeModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: int, fits: bool
-) -> None:
-    need = windows.numel() * VOCAB * 2
-    usage = namedtuple("usage", "total used free")(0, 0, need + spare)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    if fits:
-        Reference.compute(make_model(1, torch.bfloat16), windows, folder=tmp_path).close()
-        return
-    with pytest.raises(NoSpaceError, match=f"{need:,} bytes needed") as caught:
-        Reference.compute(make_model(1, torch.bfloat16), windows, folder=tmp_path)
-    assert caught.value.where == str(tmp_path) and "TMPDIR" in str(caught.value.hint)
-
-
-@pytest.mark.parametrize(("number", "error"), [(errno.ENOSPC, NoSpaceError), (errno.EIO, OSError)])
-def test_a_disk_that_fills_up_while_writing_is_told_from_a_broken_one(
-    make_model: MakeModel, windows: Tensor, tmp_path: Path, number: int, error: type[Exception]
-) -> None:
-    class Full:
-        def write(self, data: object) -> None:
-            raise OSError(number, "device")
-
-    reference = Reference(windows, tmp_path)
-    reference.close()
-    reference._file = Full()  # type: ignore[assignment]
-    with pytest.raises(error, match="device") as caught:
-        reference._append(torch.zeros(CONTEXT, VOCAB), torch.zeros(CONTEXT - 1))
-    assert isinstance(caught.value, NoSpaceError) == (number == errno.ENOSPC)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_logits_that_are_not_finite_name_the_window(windows: Tensor, bad: float, dtype: torch.dtype) -> None:
-    logits = torch.zeros(VOCAB, dtype=dtype)
-    logits[VOCAB // 2] = bad
-    for run in (evaluate, Reference.compute):
-        with pytest.raises(LlmQuantError, match="not finite") as caught:
-            run(Fixed(logits), windows)
-        assert caught.value.where == "window 0" and caught.value.hint
-
-
 def test_every_pass_is_lean(windows: Tensor) -> None:
     """One call per window, no cache, eval mode, no autograd; the model is left as it was."""
     model = Fixed(torch.zeros(VOCAB)).train()
     evaluate(model, windows)
     assert model.calls == [{"use_cache": False, "training": False, "inference": True}] * len(windows)
     assert model.training and not torch.is_inference_mode_enabled()
-
-
-def test_each_module_gets_its_own_mode_back_even_after_an_exception() -> None:
-    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), nn.Dropout()))
-    model.eval()
-    model[1][0].train()
-    before = [module.training for module in model.modules()]
-    with pytest.raises(KeyError), inference(model):
-        assert not any(module.training for module in model.modules())
-        raise KeyError
-    assert [module.training for module in model.modules()] == before
-    assert not torch.is_inference_mode_enabled()
 
 
 def test_progress_counts_windows(make_model: MakeModel, windows: Tensor) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 from llmquant import choose_mixture, load_recipe, mixed_precision, quantize_
 from llmquant.config.candidates import Candidate
 from llmquant.errors import BudgetError, CalibrationError, ConfigError
-from llmquant.measure.evaluate import Reference, evaluate
+from llmquant.measure.evaluate import evaluate
 from llmquant.measure.memory import weight_counts
+from llmquant.measure.reference import Reference
 from llmquant.quantize import make_plan, quantize_weight
 from llmquant.tune import budget
 from llmquant.tune.bank import Bank, bytes_under, plain_quantize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from llmquant import quantize_
 from llmquant.errors import CalibrationError, LlmQuantError, NothingToQuantizeError
-from llmquant.measure.evaluate import Reference, evaluate
+from llmquant.measure.evaluate import evaluate
+from llmquant.measure.reference import Reference
 from llmquant.tune.refine import RefineReport, refine_
 
 
@@ -60,6 +62,7 @@ def test_what_it_reports_is_what_evaluation_finds(folders: Folders, teacher: Any
 
 def test_a_reference_teaches_as_the_model_does(folders: Folders, teacher: Any) -> None:
     first, second = student(folders), student(folders)
+    teacher = copy.deepcopy(teacher).bfloat16()  # logits of 16 bits, which a reference keeps as they are
     with Reference.compute(teacher, windows()) as reference:
         refined(first, reference)
     refined(second, teacher)

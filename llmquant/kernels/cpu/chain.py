@@ -190,18 +190,26 @@ class Attention:
 
     def logsumexp(self) -> Tensor:
         """Where runs from now on put the logarithms of the sums of exponentials: float32 [tokens, heads]."""
-        step = self.chain.steps()[self.index]
+        step = self._step
         self.sums = torch.empty(self.chain.tokens, step.heads)
         step.logsumexp = self.sums.data_ptr()
         return self.sums
+
+    @functools.cached_property
+    def _step(self) -> _Step:
+        return self.chain.steps()[self.index]
+
+    def looks_at(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether the last run's cache was this one."""
+        return self.cache is not None and self.cache[0] is keys and self.cache[1] is values
 
     def look_at(self, keys: Tensor, values: Tensor, length: int) -> None:
         """Where the next run finds the cache: both [tokens, kv_heads, room, head], `length` < room places written.
 
         Needed before every run, as a run writes the place `length`.
         """
-        step = self.chain.steps()[self.index]
-        if self.cache is None or self.cache[0] is not keys or self.cache[1] is not values:
+        step = self._step
+        if not self.looks_at(keys, values):
             for one in (keys, values):
                 assert one.is_contiguous() and one.dtype == self.chain.dtype
                 assert one.shape == (self.chain.tokens, step.kv_heads, keys.shape[2], step.head)

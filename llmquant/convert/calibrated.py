@@ -1,4 +1,4 @@
-"""The part of `llmquant quantize` that reads a text first."""
+"""A checkpoint quantized from disk to disk, or block by block, after the plain model has read a text if need be."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmquant.cli.console import errors, progress_bar
+from llmquant.convert.listener import Listener, Silent
 from llmquant.errors import CalibrationError, ConfigError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Calibrating:
         imatrix: where the importance of columns is kept, if errors are to be weighed by it.
         dtype: name of the dtype to load in.
         was_read: whether the text has been of use already.
+        listener: hears how it goes.
 
     Raises:
         ConfigError: for a text that nothing needs.
@@ -55,6 +56,7 @@ class Calibrating:
         dtype: str = "auto",
         *,
         was_read: bool = False,
+        listener: Listener | None = None,
     ) -> None:
         from llmquant.calibrate.observers import observer_factory
         from llmquant.checkpoint.source import open_source, parse_dtype
@@ -65,6 +67,7 @@ class Calibrating:
         observer_factory(reading.observer or "minmax", None)  # a misspelt name shows before a model is loaded
         self.source = open_source(model, parse_dtype(dtype))
         self.config, self.reading, self.imatrix = config, reading, imatrix
+        self.listener = listener or Silent()
         self.plan = make_plan(self.source.skeleton, config)
         self.needs_blocks = runs_by_blocks(self.plan)
         kept = imatrix is not None and imatrix.exists()
@@ -78,12 +81,17 @@ class Calibrating:
                 "nothing here needs --observer: it is for static activations", hint="for instance s8-int8"
             )
 
+    def write(self, output: Path, overwrite: bool, max_shard_bytes: int) -> QuantizationReport:
+        """Writes the quantized checkpoint in the way that its algorithms need."""
+        way = self.by_blocks if self.needs_blocks else self.streamed
+        return way(output, overwrite, max_shard_bytes)
+
     def streamed(self, output: Path, overwrite: bool, max_shard_bytes: int) -> QuantizationReport:
         """Quantizes from disk to disk, after the plain model has read the text where that is needed."""
         from llmquant.checkpoint.stream import quantize_checkpoint
 
         stats = self.stats()
-        with progress_bar("Quantizing") as progress:
+        with self.listener.bar("Quantizing") as progress:
             return quantize_checkpoint(
                 self.source.folder,
                 output,
@@ -102,7 +110,7 @@ class Calibrating:
 
         windows, importance = self._windows(DEFAULT_TOKENS), self._importance()
         model = self.source.load()
-        with progress_bar("Quantizing") as progress:
+        with self.listener.bar("Quantizing") as progress:
             report = quantize_with_data_(
                 model,
                 self.config,
@@ -126,7 +134,7 @@ class Calibrating:
         if not self.plan.calibrated:
             return importance
         windows = self._windows(FEW_TOKENS)
-        with progress_bar("Calibrating") as progress:
+        with self.listener.bar("Calibrating") as progress:
             found = collect_stats(self.source.load(), self.config, windows, observer=self._observer, progress=progress)
         self._warn(found.warnings)
         self._say(found.tokens)
@@ -146,12 +154,12 @@ class Calibrating:
         if self.imatrix.exists():
             return load_imatrix(self.imatrix, self.plan)
         windows = self._windows(FEW_TOKENS)
-        with progress_bar("Importance") as progress:
+        with self.listener.bar("Importance") as progress:
             found = collect_stats(self.source.load(), self._plain(), windows, imatrix=True, progress=progress)
         self._warn(found.warnings)
         about = {"text": self.reading.text or "builtin", "tokens": str(found.tokens), "seed": str(self.reading.seed)}
         save_imatrix(found, self.imatrix, about)
-        errors.print(f"importance of {len(found)} weights written to {self.imatrix}", highlight=False)
+        self.listener.say(f"importance of {len(found)} weights written to {self.imatrix}")
         return dict(found)
 
     def _plain(self) -> FqnToConfig:
@@ -183,8 +191,8 @@ class Calibrating:
 
     def _say(self, tokens: int) -> None:
         text, seed = self.reading.text or "builtin", self.reading.seed
-        errors.print(f"calibrated on {tokens} tokens of {text} (seed {seed})", highlight=False)
+        self.listener.say(f"calibrated on {tokens} tokens of {text} (seed {seed})")
 
     def _warn(self, warnings: tuple[str, ...]) -> None:
         for warning in warnings:
-            errors.print(f"[yellow]warning:[/] {warning}", highlight=False)
+            self.listener.warn(warning)
