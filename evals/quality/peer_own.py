@@ -53,6 +53,7 @@ def quantize_own(settings: dict[str, Any], plain: Path, tokens: Tensor, journal:
     facts = {
         "version": llmquant.__version__,
         "package": "llmquant",
+        "quantized": sorted(report.quantized),
         "bytes": counts.quantized_bytes,
         "stored": counts.quantized_bytes,
         "elements": counts.quantized_elements,

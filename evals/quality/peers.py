@@ -222,6 +222,7 @@ def perform(run: Run, python: str | None, ground: Ground, reference: Reference, 
     if run.family == OWN:
         journal = scratch / f"{key_of(run, ground)}.partial"
         own = quantize_own(run.settings, ground.plain, ground.tokens, journal, run.name)
+        check_weights(own.facts.pop("quantized"), ground.linears)
         return sized(own.facts) | measure(own.model, reference, run.name)
     assert python is not None
     folder = scratch / run.name
@@ -269,7 +270,7 @@ def order_of(run: Run, ground: Ground, folder: Path) -> dict[str, Any]:
 
 
 def check_weights(found: Sequence[str], wanted: frozenset[str]) -> None:
-    """Raises `PeerFailed` where a peer quantized more or fewer weights than all linear layers but the head."""
+    """Raises `PeerFailed` where one quantized more or fewer weights than all linear layers but the head."""
     more, fewer = sorted(set(found) - wanted), sorted(wanted - set(found))
     if more or fewer:
         some = f"{len(more)} more ({', '.join(more[:2])}), {len(fewer)} fewer ({', '.join(fewer[:2])})"
