@@ -42,10 +42,11 @@ from llmquant.calibrate.data import calibration_windows
 from llmquant.checkpoint.save import save
 from llmquant.checkpoint.source import open_source
 from llmquant.cli.console import progress_bar
-from llmquant.errors import LlmQuantError
+from llmquant.errors import LlmQuantError, ReferenceFileError
 from llmquant.integrations.transformers import load_tokenizer
-from llmquant.measure.evaluate import Reference, evaluate
+from llmquant.measure.evaluate import evaluate
 from llmquant.measure.record import machine, versions
+from llmquant.measure.reference import Reference
 from llmquant.measure.text import load_text
 from llmquant.measure.windows import make_windows, tokenize
 
@@ -190,14 +191,12 @@ def _sha256(content: bytes) -> str:
 
 
 def work(runs: Sequence[Run], pythons: dict[str, str | None], ground: Ground, book: Book, keep: bool) -> None:
-    """Does what is not in the book yet; the plain model's logits are computed once."""
+    """Does what is not in the book yet."""
     waiting = [run for run in runs if not book.has(key_of(run, ground))]
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already", flush=True)
     if not waiting:
         return
-    with progress_bar("plain model") as progress:
-        reference = Reference.compute(open_source(ground.plain).load(), ground.windows, progress, folder=ground.out)
-    with reference:
+    with reference_of(ground) as reference:
         for run in waiting:
             line: Line = {"key": key_of(run, ground), "setting": ground.setting, "run": run.name, "family": run.family}
             line |= {"settings": run.settings, "threads": ground.threads, "machine": machine()}
@@ -208,6 +207,18 @@ def work(runs: Sequence[Run], pythons: dict[str, str | None], ground: Ground, bo
             book.add(line)
             print(describe(line), flush=True)
             gc.collect()
+
+
+def reference_of(ground: Ground) -> Reference:
+    """The plain model's logits, which are computed once and kept."""
+    path = ground.out / f"reference-{ground.setting}.safetensors"
+    if path.is_file():
+        try:
+            return Reference.open(path)
+        except ReferenceFileError as error:
+            print(f"{error}; it is computed anew", flush=True)
+    with progress_bar("plain model") as progress:
+        return Reference.compute(open_source(ground.plain).load(), ground.windows, progress, path=path)
 
 
 def key_of(run: Run, ground: Ground) -> str:
@@ -293,9 +304,11 @@ def sized(facts: Line) -> Line:
 
 
 def measure(model: nn.Module, reference: Reference, name: str) -> Line:
-    """The figures of a model, in float32."""
+    """The figures of a model, in float32. Raises `PeerFailed` for logits that are not finite."""
     with progress_bar(f"measuring {name}") as progress:
         found = evaluate(model.to(torch.float32), reference.windows, reference, progress)
+    if found.nonfinite.tokens:
+        raise PeerFailed(f"its model's logits are not finite at {found.nonfinite.tokens} tokens")
     assert found.kl is not None and found.baseline is not None
     return {
         "kl": found.kl.mean,

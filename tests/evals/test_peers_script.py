@@ -43,7 +43,7 @@ tensors = load_file(plain / "model.safetensors")
 names = [n for n in tensors if "_proj" in n][1 if wrong == "forgets" else 0 :]
 for name in names:
     scale = np.abs(tensors[name]).max() / 7
-    tensors[name] = np.rint(tensors[name] / scale) * scale
+    tensors[name] = np.rint(tensors[name] / scale) * scale * (np.nan if wrong == "is not finite" else 1)
 save_file(tensors, out / "model.safetensors", metadata={{"format": "pt"}})
 (out / "config.json").write_bytes((plain / "config.json").read_bytes())
 elements = sum(tensors[name].size for name in names)
@@ -222,11 +222,29 @@ def test_our_rows_are_measured_once(
     assert 0 < kl["llmquant-int4-g32-rtn"] < kl["llmquant-int3-g64-gptq"] < kl["llmquant-int2-g64-search"] < 1
     assert not list((tmp_path / "out" / "work").iterdir())
 
-    monkeypatch.setattr(peers, "quantize_own", lambda *a: pytest.fail("it ran again"))
     capsys.readouterr()
-    peers.main(command)
+    with monkeypatch.context() as patch:
+        patch.setattr(peers, "quantize_own", lambda *a: pytest.fail("it ran again"))
+        patch.setattr(peers.Reference, "compute", lambda *a, **k: pytest.fail("the plain model ran again"))
+        peers.main(command)
+        out = capsys.readouterr().out
+        assert "4 of 4 runs are finished already" in out and out.count("llmquant-int4-g32-rtn") == 1
+        patch.undo()
+        patch.setattr(peers.Reference, "compute", lambda *a, **k: pytest.fail("the plain model ran again"))
+        peers.main([*command, "--own", "int4-g64:rtn"])
+        assert "llmquant-int4-g64-rtn: 4.250 bits" in capsys.readouterr().out
+
+
+def test_a_damaged_reference_is_computed_anew(
+    script: Any, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(plain), "--out", str(tmp_path), "--only", "llmquant", *SMALL]
+    script("peers").main([*command, "--own", "int4-g64:rtn"])
+    reference = next(tmp_path.glob("reference-*"))
+    reference.write_bytes(reference.read_bytes()[:-100])
+    script("peers").main([*command, "--own", "int5-g64:rtn"])
     out = capsys.readouterr().out
-    assert "4 of 4 runs are finished already" in out and out.count("llmquant-int4-g32-rtn") == 1
+    assert "it is computed anew" in out and "llmquant-int5-g64-rtn: 5.250 bits" in out
 
 
 def test_a_peer_is_measured_like_ours(
@@ -248,7 +266,12 @@ def test_a_peer_is_measured_like_ours(
 
 @pytest.mark.parametrize(
     ("wrong", "reason"),
-    [("dies", "status 1"), ("says so", "no accelerator"), ("forgets", "0 more (), 1 fewer (model.layers.0")],
+    [
+        ("is not finite", "not finite at 30 tokens"),
+        ("dies", "status 1"),
+        ("says so", "no accelerator"),
+        ("forgets", "0 more (), 1 fewer (model.layers.0"),
+    ],
 )
 def test_a_peer_that_fails_is_told_with_its_reason(
     script: Any, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: str, reason: str
