@@ -53,7 +53,7 @@ def _options(
 
 
 def main() -> None:
-    """Runs the command line. Exit status: 0 done, 1 a limit broken, 2 or its own an error that is told, 130 interrupted."""
+    """Runs the command line. Exit status: 0 done, 1 a limit broken, 2 or its own an error told, 130 interrupted."""
     try:
         app()
     except LlmQuantError as error:
