@@ -62,9 +62,7 @@ def evaluate(
     tasks: Annotated[
         str | None, typer.Option(help="Also run these tasks of lm-eval on the model: arc_easy,hellaswag,mmlu_*")
     ] = None,
-    task_path: Annotated[
-        Path | None, typer.Option(help="A folder with tasks of your own, in YAML.")
-    ] = None,
+    task_path: Annotated[Path | None, typer.Option(help="A folder with tasks of your own, in YAML.")] = None,
     limit: Annotated[int | None, typer.Option(help="The first documents of each task only.")] = None,
     tasks_only: Annotated[bool, typer.Option("--tasks-only", help="Run the tasks and measure nothing else.")] = False,
 ) -> None:
