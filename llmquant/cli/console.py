@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from llmquant.convert.listener import Bar
+from llmquant.convert.listener import Bar as Report
 from llmquant.errors import LlmQuantError
 
 console = Console()
@@ -19,7 +19,7 @@ errors = Console(stderr=True)
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Bar]:
+def progress_bar(title: str) -> Iterator[Report]:
     """A bar on stderr, driven by calls with done, total and what is at work."""
     columns = (
         TextColumn("[bold]{task.description}"),
@@ -41,7 +41,7 @@ def progress_bar(title: str) -> Iterator[Bar]:
 class Terminal:
     """Shows on stderr how a conversion goes."""
 
-    def bar(self, title: str) -> AbstractContextManager[Bar]:
+    def bar(self, title: str) -> AbstractContextManager[Report]:
         """A progress bar."""
         return progress_bar(title)
 

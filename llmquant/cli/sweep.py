@@ -84,7 +84,8 @@ def sweep(
     the same command goes on behind an interruption, and a recipe more costs one cell. A cell that fails is noted, and
     the others go on. Sizes and speed are measured last, one at a time.
 
-    Options change what a study's file says. Exit status: 0 done, 1 if a cell failed, 2 an error before any.
+    Options change what a study's file says. Exit status: 0 done, 1 if a cell failed, 2 an error before any, 130 after
+    Ctrl-C, which stops the workers and keeps what is finished.
 
     Examples:
 
@@ -155,17 +156,21 @@ def _run(
     from llmquant.cli.sweep_view import watching
     from llmquant.study.run import run_study
 
-    with watching() as watch:
-        return run_study(
-            study,
-            folder,
-            engine=make,
-            jobs=jobs,
-            threads=threads,
-            keep_models=keep_models,
-            retry_failed=retry_failed,
-            watch=watch,
-        )
+    try:
+        with watching() as watch:
+            return run_study(
+                study,
+                folder,
+                engine=make,
+                jobs=jobs,
+                threads=threads,
+                keep_models=keep_models,
+                retry_failed=retry_failed,
+                watch=watch,
+            )
+    except KeyboardInterrupt as interruption:
+        errors.print("interrupted; what is finished is kept, and the same command goes on behind it")
+        raise typer.Exit(130) from interruption
 
 
 def _tell(done: Sweep) -> None:

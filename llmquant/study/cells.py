@@ -20,10 +20,12 @@ from llmquant.convert.listener import Silent
 from llmquant.errors import TextError
 from llmquant.integrations.transformers import load, load_tokenizer
 from llmquant.measure.evaluate import Evaluation, Protocol, backends, evaluate
-from llmquant.measure.memory import Footprint, footprint
+from llmquant.measure.memory import footprint
+from llmquant.measure.noise import noise_floor
 from llmquant.measure.perplexity import Perplexity
-from llmquant.measure.record import build_record, machine, versions
+from llmquant.measure.record import figures, machine, versions
 from llmquant.measure.reference import Reference
+from llmquant.measure.speed import time_model
 from llmquant.measure.text import Text, load_text
 from llmquant.measure.windows import make_windows, tokenize
 from llmquant.primitives.metrics import compute_error
@@ -34,8 +36,6 @@ from llmquant.tensor import QuantizedTensor
 
 Progress = Callable[[int, int], object]
 Result = dict[str, Any]
-
-NOTHING = Footprint(None, 0, None, None, None)
 
 
 def perform(job: Job, progress: Progress | None = None) -> Result:
@@ -69,11 +69,9 @@ def reference(model: str, text: Mapping[str, Any], dtype: str, path: str, progre
 
 def noise(model: str, text: Mapping[str, Any], dtype: str, reference: str, progress: Progress | None = None) -> Result:
     """The divergence that 16-bit arithmetic alone makes."""
-    from llmquant.measure.noise import noise_floor
-
     plain = _load(model, dtype)
     with Reference.open(reference) as kept:
-        return _figures(noise_floor(plain, kept, progress), _protocol(plain, model, text, kept.windows))
+        return _figures(noise_floor(plain, kept.windows, kept, progress), _protocol(plain, model, text, kept.windows))
 
 
 def quality(
@@ -125,6 +123,10 @@ def tasks(
     """Tasks through lm-eval."""
     from llmquant.integrations.lm_eval import run_tasks
 
+    def tell(done: int, total: int, task: str) -> None:
+        if progress:
+            progress(done, total)
+
     candidate = _load(model, dtype)
     found = run_tasks(
         candidate,
@@ -133,25 +135,25 @@ def tasks(
         include_path=options["path"],
         limit=options["limit"],
         batch_size=options["batch_size"],
+        progress=tell,
     )
     return {"tasks": found}
 
 
 def performance(
-    model: str, plain: str, prompt: int, tokens: int, rounds: int, speed: bool, progress: Progress | None = None
+    model: str, plain: str, prompt: int, new: int, rounds: int, speed: bool, progress: Progress | None = None
 ) -> Result:
     """Sizes and speed in the model's own dtype. The process must be new: its peak of memory is that of the model."""
     candidate = _load(model, "auto")
-    ids = torch.arange(prompt)[None] % candidate.config.get_text_config().vocab_size
+    ids = torch.arange(prompt)[None] % candidate.get_input_embeddings().weight.shape[0]
     with torch.inference_mode():
-        candidate(ids, use_cache=False, logits_to_keep=1)
+        candidate(ids, use_cache=False)
     sizes = asdict(footprint(candidate, model))
     if not speed:
         return {"bytes": sizes, "speed": None}
-    from llmquant.measure.speed import time_model
-
     baseline = candidate if plain == model else _load(plain, "auto")
-    return {"bytes": sizes, "speed": time_model(candidate, baseline, prompt=prompt, tokens=tokens, rounds=rounds)}
+    timed = time_model(candidate, baseline, prompt=prompt, new=new, rounds=rounds, progress=progress)
+    return {"bytes": sizes, "speed": asdict(timed)}
 
 
 def _protocol(of: Any, model: str, text: Mapping[str, Any], windows: Tensor) -> Protocol:
@@ -174,16 +176,7 @@ def _load(model: str, dtype: str) -> Any:
 
 def _figures(evaluation: Evaluation, protocol: Protocol) -> Result:
     """The parts of a record that are quality."""
-    record = build_record(
-        model="",
-        baseline=None,
-        protocol=protocol,
-        evaluation=evaluation,
-        footprint=NOTHING,
-        versions={},
-        machine={},
-    )
-    return {name: record.get(name) for name in ("protocol", "perplexity", "kl", "top1", "delta_p_rms", "nonfinite")}
+    return {**figures(evaluation), "nonfinite": asdict(evaluation.nonfinite), "protocol": asdict(protocol)}
 
 
 def _finite(value: Any) -> Any:

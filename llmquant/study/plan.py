@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmquant.checkpoint.source import Source, locate, open_source
-from llmquant.errors import LlmQuantError, StudyError
+from llmquant.errors import LlmQuantError, MissingDependencyError, StudyError
 from llmquant.measure.text import Text, load_text
 from llmquant.quantize import make_plan
 from llmquant.study import keys
@@ -70,7 +71,10 @@ def plan_study(study: Study, store: Store, threads: int, threads_alone: int | No
 
     Raises:
         StudyError: for models, recipes and texts that cannot be.
+        MissingDependencyError: for tasks without lm-eval.
     """
+    if study.measures("tasks"):
+        _require_lm_eval()
     candidates, left_out = find_candidates(study)
     planner = _Planner(study, store, threads, threads_alone or threads)
     planner.plan.notes += [f"left out: {pair}" for pair in left_out]
@@ -186,11 +190,13 @@ class _Planner:
             return {}
         options = self.study.task_options
         own = keys.folder_key(Path(options.path), self.store.digests) if options.path else None
-        asked = {"names": sorted(set(self.study.tasks)), "limit": options.limit, "batch": options.batch_size}
-        key = keys.tasks_key(of, {**asked, "path": own}, self.study.dtype, self.threads)
+        names = sorted(set(self.study.tasks))
+        asked = {"names": names, "limit": options.limit, "batch": options.batch_size}
+        files = [self.store.digests(Path(name)) for name in names if Path(name).is_file()]
+        key = keys.tasks_key(of, {**asked, "path": own, "files": files}, self.study.dtype, self.threads)
         path = options.path and str(Path(options.path).resolve())
         arguments = {
-            **{"model": folder, "names": asked["names"], "dtype": self.study.dtype},
+            **{"model": folder, "names": names, "dtype": self.study.dtype},
             "options": {"path": path, "limit": options.limit, "batch_size": options.batch_size},
         }
         self._add("tasks", key, f"{model.name}, {label}: tasks", arguments, needs)
@@ -287,6 +293,11 @@ def _bytes_under(source: Source, chosen: Any) -> int:
     names = {candidate.name for candidate, _ in chosen}
     plain = sum(p.nbytes for name, p in source.skeleton.named_parameters() if name not in names)
     return plain + sum(bytes_under(candidate, config) for candidate, config in chosen)
+
+
+def _require_lm_eval() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingDependencyError("tasks need the package lm-eval", hint="pip install llmquant[tasks]")
 
 
 def _short_names(models: tuple[str, ...]) -> list[str]:

@@ -53,7 +53,7 @@ def _result(study: Study, line: Line, known: Mapping[str, Found | None], failed:
         "kl": quality.get("kl"),
         "top1": quality.get("top1"),
         "delta_p_rms": quality.get("delta_p_rms"),
-        "nonfinite": quality.get("nonfinite") or {"logits": 0, "tokens": 0},
+        "nonfinite": _nonfinite(quality),
         "bytes": {name: (performance.get("bytes") or {}).get(name) for name in _SIZES},
         "speed": performance.get("speed"),
         "layers": quantize.get("layers", []) if study.measures("layers") else [],
@@ -68,3 +68,8 @@ def _result(study: Study, line: Line, known: Mapping[str, Found | None], failed:
 def _cell(line: Line) -> str | None:
     """The key that two lines share if they are the same."""
     return next((line.keys[part] for part in ("quality", "reference", "quantize") if part in line.keys), None)
+
+
+def _nonfinite(quality: Found) -> Found | None:
+    """The counts; none for a reference, whose logits must all be finite, and null where nothing was measured."""
+    return quality.get("nonfinite") if quality.get("perplexity") else None

@@ -59,7 +59,7 @@ class Sweep:
     Attributes:
         folder: of the study; `results.jsonl` is in it.
         results: its lines.
-        warnings: what was damaged and computed again, and what the plan noted.
+        warnings: what was damaged and computed again.
     """
 
     folder: Path
@@ -120,7 +120,7 @@ def run_study(
         finally:
             results = build_results(study, plan, store)
             store.write_results(results)
-    return Sweep(store.folder, results, [*plan.notes, *store.damaged])
+    return Sweep(store.folder, results, store.damaged)
 
 
 def threads_of(jobs: int, threads: int | None) -> tuple[int, int]:

@@ -92,10 +92,13 @@ class ReferencePart(Part):
 
 
 class Speed(Part):
-    """What tokens per second are measured on: a prompt of so many tokens, so many new ones, so many rounds."""
+    """What tokens per second are measured on: a prompt of so many tokens, so many new ones, so many rounds.
 
-    prompt: int = Field(default=128, ge=2)
-    tokens: int = Field(default=32, ge=1)
+    The peak of memory is that of reading such a prompt, too.
+    """
+
+    prompt: int = Field(default=256, ge=1)
+    new: int = Field(default=32, ge=2)
     rounds: int = Field(default=3, ge=1)
 
 
