@@ -185,3 +185,18 @@ def test_more_processes_than_windows_and_speed_are_refused_by_all(plain: Path) -
         port = free_port()
         both = ended([start(r, port, "-m", "llmquant", "eval", plain, "--context", "32", *options) for r in range(2)])
         assert [status for status, *_ in both] == [2, 2] and all(told in err for *_, err in both)
+
+
+@pytest.mark.slow
+def test_accelerate_and_torchrun_launch_it(plain: Path, tmp_path: Path) -> None:  # noqa: F811
+    launchers = {
+        "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port"],
+        "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"],
+    }
+    for name, launcher in launchers.items():
+        port, record = str(free_port()), tmp_path / f"{name}.json"
+        words = [*launcher, port, "-m", "llmquant", "eval", plain, "--context", "32", "--windows", "2"]
+        command = [sys.executable, "-m", *map(str, words), "--json", str(record)]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert told.returncode == 0, told.stderr
+        assert json.loads(record.read_text())["processes"] == 2 and "in 2 processes" in told.stdout
