@@ -88,6 +88,7 @@ OWN_RUNS = (
     *("int8:search", "int6-g64:search", "int5-g32:search", "int5-g64:search", "int4-g32-asym:search"),
     *("int4-g32:search", "int4-g64-asym:search", "int4-g64:search", "int4-g64:rtn", "int3-g32:search"),
     *("int3-g64:search", "int2-g32:search", "int2-g64:search", "int4-g32-s8:search", "int3-g32-s8:search"),
+    *("int4-g64-asym:hqq", "int3-g64-asym:hqq", "int2-g64-asym:hqq"),
     *("int2-g32-s8:search", "int4-g64:signround", "int3-g64:signround", "int2-g64:signround", "int5-g64:signround"),
     *("int4-g64:gptq", "int3-g64:gptq", "int2-g64:gptq", "int5-g64:gptq", "int6-g64:gptq"),
     *("int4-g32-s8:gptq", "int3-g32-s8:gptq", "int2-g32-s8:gptq", "int4-g32:signround", "int4-g32-asym:signround"),

@@ -67,7 +67,7 @@ def best_own(peer: Line, lines: Iterable[Line]) -> Line | None:
 def verdict(peer: Line, own: Line | None) -> str:
     """Who is nearer to the plain model; a tie is ours, for it takes no more bytes."""
     if own is None:
-        return "no row of ours is as small"
+        return "none as small"
     return OWN if own["kl"] <= peer["kl"] else "peer"
 
 

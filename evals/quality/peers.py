@@ -116,7 +116,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="where results are kept")
     parser.add_argument("--keep", action="store_true", help="keep the decoded checkpoints, in DIR/work")
     parser.add_argument("--table", action="store_true", help="run nothing, print what there is")
-    parser.add_argument("--width", type=int, default=150, help="of the table")
+    parser.add_argument("--width", type=int, default=170, help="of the table")
     return parser.parse_args(arguments)
 
 

@@ -138,7 +138,7 @@ def test_a_line_that_was_cut_does_not_count_nor_spoil_the_next(script: Any, tmp_
         ([(4, 0.2)], 0.2, "llmquant"),  # a tie at no more bytes
         ([(4, 0.3), (3, 0.25)], 0.25, "peer"),
         ([(4, 0.3), (5, 0.01)], 0.3, "peer"),  # the larger one does not count
-        ([(5, 0.01)], None, "no row of ours is as small"),
+        ([(5, 0.01)], None, "none as small"),
     ],
 )
 def test_a_peer_meets_our_best_of_no_more_bytes(script: Any, own: Any, best: float | None, nearer: str) -> None:
