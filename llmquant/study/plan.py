@@ -190,12 +190,13 @@ class _Planner:
             return {}
         options = self.study.task_options
         own = keys.folder_key(Path(options.path), self.store.digests) if options.path else None
-        asked = {"names": sorted(set(self.study.tasks)), "limit": options.limit, "batch": options.batch_size}
-        files = [self.store.digests(Path(name)) for name in asked["names"] if Path(name).is_file()]
-        key = keys.tasks_key(of, {**asked, "path": own, "files": files}, self.study.dtype, self.threads)
+        names = sorted(set(self.study.tasks))
+        files = [self.store.digests(Path(name)) for name in names if Path(name).is_file()]
+        asked = {"names": names, "files": files, "path": own, "limit": options.limit, "batch": options.batch_size}
+        key = keys.tasks_key(of, asked, self.study.dtype, self.threads)
         path = options.path and str(Path(options.path).resolve())
         arguments = {
-            **{"model": folder, "names": asked["names"], "dtype": self.study.dtype},
+            **{"model": folder, "names": names, "dtype": self.study.dtype},
             "options": {"path": path, "limit": options.limit, "batch_size": options.batch_size},
         }
         self._add("tasks", key, f"{model.name}, {label}: tasks", arguments, needs)
