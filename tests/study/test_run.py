@@ -173,6 +173,32 @@ def test_quantized_models_are_kept_on_demand_and_checked(make_study: MakeStudy, 
     assert engine.count("quantize") == 1 and "changed since it was written" in done.warnings[0]
 
 
+class Rewriting(Inline):
+    """Changes a text behind the study's back, before a kind of job runs."""
+
+    def __init__(self, kind: str, path: Path) -> None:
+        super().__init__()
+        self.kind, self.path = kind, path
+
+    def submit(self, job: Job) -> None:
+        super().submit(job)
+        if job.kind == self.kind:
+            self.path.write_text("Something else altogether. " * 20)
+
+
+@pytest.mark.parametrize("kind", ["reference", "quantize"])
+def test_a_text_that_changes_meanwhile_is_not_read_under_its_old_name(
+    make_study: MakeStudy, tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("What was planned. " * 30)
+    given = {"texts": str(path)} if kind == "reference" else {"calibration": {"text": str(path), "tokens": 64}}
+    study = make_study(recipes="int4-g32", algorithms="gptq", **given)
+    done, _ = sweep(study, tmp_path / "out", Rewriting(kind, path))
+    assert {line["error"]["what"] for line in done.failed} == {"the text changed while the study ran"}
+    assert [line["kind"] for line in done.failed][-1] == "candidate"
+
+
 class Interrupted(Inline):
     """Ctrl-C comes while the last job is at work."""
 
