@@ -31,7 +31,7 @@ test: $(STAMP)  ## run the tests
 
 # torchao lies beside the environment, not in it: transformers would import it wherever it finds it.
 test-slow: $(STAMP)  ## run all tests, the slow ones too, and those against torchao
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt triton peft
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt triton peft fastapi uvicorn openai
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/oracle --constraint constraints.txt torchao
 	PYTHONPATH=build/oracle $(BIN)/python -m pytest tests/primitives/test_torchao.py

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from llmquant.errors import LlmQuantError as LlmQuantError
     from llmquant.formats import Format as Format
     from llmquant.formats import register_format as register_format
+    from llmquant.integrations.lm_eval import run_tasks as run_tasks
     from llmquant.integrations.optimize import OptimizeReport as OptimizeReport
     from llmquant.integrations.optimize import optimize as optimize
     from llmquant.integrations.optimize import restore as restore
@@ -65,6 +66,12 @@ if TYPE_CHECKING:
     from llmquant.integrations.transformers import load as load
     from llmquant.measure.activations import ActivationReport as ActivationReport
     from llmquant.measure.activations import compare_activations as compare_activations
+    from llmquant.measure.evaluate import Evaluation as Evaluation
+    from llmquant.measure.evaluate import evaluate as evaluate
+    from llmquant.measure.noise import noise_floor as noise_floor
+    from llmquant.measure.reference import Reference as Reference
+    from llmquant.measure.speed import Speed as Speed
+    from llmquant.measure.speed import time_model as time_model
     from llmquant.primitives.granularity import MappingType as MappingType
     from llmquant.primitives.granularity import PerAxis as PerAxis
     from llmquant.primitives.granularity import PerBlock as PerBlock
@@ -126,9 +133,14 @@ _PUBLIC = {
     "llmquant.config.recipe": ["list_recipes", "load_recipe"],
     "llmquant.errors": ["LlmQuantError"],
     "llmquant.formats": ["Format", "register_format"],
+    "llmquant.integrations.lm_eval": ["run_tasks"],
     "llmquant.integrations.optimize": ["OptimizeReport", "optimize", "restore"],
     "llmquant.integrations.transformers": ["LlmQuantConfig", "load"],
     "llmquant.measure.activations": ["ActivationReport", "compare_activations"],
+    "llmquant.measure.evaluate": ["Evaluation", "evaluate"],
+    "llmquant.measure.noise": ["noise_floor"],
+    "llmquant.measure.reference": ["Reference"],
+    "llmquant.measure.speed": ["Speed", "time_model"],
     "llmquant.primitives.granularity": [
         "MappingType",
         "PerAxis",

@@ -1,6 +1,6 @@
 """One class per failure that a user can see. Each message says what, where and what to try.
 
-The command line turns every `LlmQuantError` into a short message and exit status 2.
+The command line turns every `LlmQuantError` into a short message and its exit status, mostly 2.
 Broken invariants of the library itself are `assert`s, never these.
 """
 
@@ -14,7 +14,12 @@ class LlmQuantError(ValueError):
         what: the failure in one sentence.
         where: the FQN, file, key or shape it is about.
         hint: what to try next.
+
+    Attributes:
+        status: the exit status of the command line.
     """
+
+    status = 2
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
         self.what, self.where, self.hint = what, where, hint
@@ -112,3 +117,19 @@ class UnsupportedOpError(LlmQuantError, NotImplementedError):
 
 class MissingDependencyError(LlmQuantError, ImportError):
     """An optional package that this command needs."""
+
+
+class TaskError(LlmQuantError):
+    """A task of lm-eval that is unknown, cannot be loaded here, or cannot be run as asked."""
+
+
+class ProgramError(LlmQuantError):
+    """A program that cannot be executed, or would run without llmquant."""
+
+    status = 126
+
+
+class ProgramNotFoundError(ProgramError):
+    """A program that does not exist."""
+
+    status = 127

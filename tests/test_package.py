@@ -59,6 +59,12 @@ def test_the_wheel_brings_the_recipes(installed: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_wheel_brings_what_registers_it_in_other_programs(installed: Path) -> None:
+    seen = "import sys; print('llmquant' in sys.modules, sys.executable)"
+    assert run(installed, "llmquant", "run", "--", "python", "-c", seen).split() == ["True", str(installed / "python")]
+
+
+@pytest.mark.slow
 def test_the_wheel_is_marked_as_typed(installed: Path) -> None:
     check = "import importlib.resources as r; print(r.files('llmquant').joinpath('py.typed').is_file())"
     assert run(installed, "python", "-c", check).strip() == "True"

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from llmquant.cli.console import Report, console, errors, progress_bar, size
+from llmquant.cli.console import console, errors, progress_bar, size
 from llmquant.cli.gate import broken_limits, parse_share
+from llmquant.cli.tasks import Tasks, print_tasks, record_of_tasks
+from llmquant.convert.listener import Bar as Report
 from llmquant.errors import LlmQuantError
 
 if TYPE_CHECKING:
@@ -57,6 +59,12 @@ def evaluate(
     ] = False,
     json: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Also print KL by the baseline's confidence.")] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="Also run these tasks of lm-eval on the model: arc_easy,hellaswag,mmlu_*")
+    ] = None,
+    task_path: Annotated[Path | None, typer.Option(help="A folder with tasks of your own, in YAML.")] = None,
+    limit: Annotated[int | None, typer.Option(help="The first documents of each task only.")] = None,
+    tasks_only: Annotated[bool, typer.Option("--tasks-only", help="Run the tasks and measure nothing else.")] = False,
 ) -> None:
     """Measure perplexity and size, and how far a model is from its 16-bit original.
 
@@ -64,28 +72,42 @@ def evaluate(
     Compare only figures with the same protocol, which is printed with them. KL is in nats, from the baseline to the
     model.
 
+    Tasks are run by lm-eval (`pip install llmquant[tasks]`) with its prompts, metrics and standard errors, on the model
+    alone.
+
     Exit status: 0, 1 if a limit is broken or logits are not finite, 2 for an error.
 
     Examples:
 
     * `llmquant eval ./SmolLM2-int4 --baseline ./SmolLM2 --max-kl 0.05 --max-ppl-increase 3%`
 
-    * `accelerate launch --cpu --num_processes 2 -m llmquant eval ./SmolLM2-int4 --baseline ./SmolLM2`
+    * `accelerate launch --multi_gpu --num_processes 2 -m llmquant eval ./SmolLM2-int4 --baseline ./SmolLM2`
+
+    * `llmquant eval ./SmolLM2-int4 --tasks common_knowledge --task-path evals/tasks --tasks-only`
     """
+    chosen = Tasks(tasks, task_path, limit, tasks_only)
     need = {"--max-kl": max_kl, "--max-ppl-increase": max_ppl_increase, "--noise-floor": noise_floor or None}
-    _check_baseline(baseline, [name for name, value in need.items() if value is not None])
+    relative = [name for name, value in need.items() if value is not None]
+    _check_baseline(baseline, relative)
+    chosen.check(relative + ["--speed"] * speed + ["--baseline"] * (baseline is not None))
+    found = chosen.load()
     from llmquant.measure.processes import processes
 
     with processes() as group:
         plan = Plan(model, baseline, text, context, windows, dtype, noise_floor, speed, group)
-        record = plan.run()
-    broken = broken_limits(record, max_kl, max_ppl_increase)
+        record = record_of_tasks(model) if tasks_only else plan.run()
+    broken = [] if tasks_only else broken_limits(record, max_kl, max_ppl_increase)
     if group.rank == 0:
+        if found:
+            record["tasks"] = chosen.run(found, model, dtype)
         if json:
             from llmquant.measure.record import write_record
 
             write_record(record, json)
-        print_record(record, verbose)
+        if not tasks_only:
+            print_record(record, verbose)
+        if found:
+            print_tasks(record["tasks"])
         for reason in broken:
             errors.print(f"[bold red]failed:[/] {reason}", highlight=False, soft_wrap=True)
     if broken:
@@ -231,7 +253,7 @@ def print_record(record: dict[str, Any], verbose: bool = False) -> None:
         f"[dim]{protocol['text']} {protocol['text_sha256'][:12]}, {protocol['windows']} windows of "
         f"{protocol['context']}, BOS {protocol['bos']}, {protocol['tokens_scored']} tokens scored, "
         f"{protocol['dtype']}, {protocol['backend']}, "
-        f"{record['seconds']:.0f} s[/]",
+        f"{record['seconds']:.0f} s{_shared(record['processes'])}[/]",
         highlight=False,
         soft_wrap=True,
     )
@@ -272,6 +294,10 @@ def _change(ppl: dict[str, Any]) -> str:
     if ppl["change"] is None or ppl["change_stderr"] is None:
         return _number(ppl["change"], "+.2%")
     return f"{ppl['change']:+.2%} ± {ppl['change_stderr']:.2%}"
+
+
+def _shared(processes: int) -> str:
+    return f" in {processes} processes" if processes > 1 else ""
 
 
 def _speed(speed: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import typer
 
 import llmquant
 from llmquant.cli import bench, compare, evaluate, info, inspect, quantize, recipes, refine, reports, sensitivity, sweep
+from llmquant.cli import run as run_program
 from llmquant.cli.console import errors
 from llmquant.errors import LlmQuantError
 
@@ -33,6 +34,7 @@ app.command("report")(reports.report)
 app.command("compare-reports")(reports.compare_reports)
 app.command("bench")(bench.bench)
 app.command("info")(info.info)
+app.command("run", context_settings={"allow_interspersed_args": False})(run_program.run)
 
 
 def _version(value: bool) -> None:
@@ -51,12 +53,12 @@ def _options(
 
 
 def main() -> None:
-    """Runs the command line. Exit status: 0 done, 2 an error that is explained, 130 interrupted."""
+    """Runs the command line. Exit status: 0 done, 1 a limit broken, 2 or its own an error told, 130 interrupted."""
     try:
         app()
     except LlmQuantError as error:
         errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         errors.print("interrupted; nothing was left half-written")
         sys.exit(130)

@@ -9,18 +9,18 @@ import numpy as np
 from torch import Tensor
 
 from llmquant.measure.perplexity import standard_error
-from llmquant.measure.rows import ROWS, map_rows
+from llmquant.measure.rows import map_rows
 
 ROUNDING = 1e-5  # nats: fp32 log-probabilities are off by a few 1e-7 of their size, which p weighs to at most ln V ~ 12
 
 
-def kl(p_logits: Tensor, q_logits: Tensor, rows: int = ROWS) -> Tensor:
+def kl(p_logits: Tensor, q_logits: Tensor, rows: int | None = None) -> Tensor:
     """KL divergence sum p (log p - log q), in nats, of q from the baseline p at every position.
 
     Args:
         p_logits: the baseline's logits, [T, V], any float dtype, finite.
         q_logits: the candidate's, [T, V].
-        rows: rows turned to fp32 at a time; changes memory, not results.
+        rows: rows turned to fp32 at a time, by default as many as `rows.CHUNK` holds; changes memory, not results.
 
     Returns:
         [T] float64, computed in fp32. Negative values the size of rounding become 0, larger ones are left to be seen.

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmquant.measure.rows import ROWS, map_rows
+from llmquant.measure.rows import map_rows
 
 
-def token_nll(logits: Tensor, ids: Tensor, rows: int = ROWS) -> Tensor:
+def token_nll(logits: Tensor, ids: Tensor, rows: int | None = None) -> Tensor:
     """Negative log likelihood, in nats, of every token but a window's first.
 
     Args:
         logits: [T, V] or [W, T, V], any float dtype; row t predicts token t + 1.
         ids: [T] or [W, T] int64.
-        rows: rows turned to fp32 at a time; changes memory, not results.
+        rows: rows turned to fp32 at a time, by default as many as `rows.CHUNK` holds; changes memory, not results.
 
     Returns:
         [T - 1] or [W, T - 1] float64, computed in fp32.
@@ -28,7 +28,7 @@ def token_nll(logits: Tensor, ids: Tensor, rows: int = ROWS) -> Tensor:
     return target_nll(logits[:-1], ids[1:], rows)
 
 
-def target_nll(logits: Tensor, targets: Tensor, rows: int = ROWS) -> Tensor:
+def target_nll(logits: Tensor, targets: Tensor, rows: int | None = None) -> Tensor:
     """Negative log likelihood, in nats, of a target id [R] for each row of logits [R, V]: [R] float64."""
     return map_rows(_nll, logits, targets.to(logits.device), rows=rows)
 

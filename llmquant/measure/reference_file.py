@@ -1,7 +1,7 @@
 """The file of a reference: a safetensors file of logits and what was found in them, with a checksum for every block.
 
-`docs/format.md` describes it. The logits come first and are written as they are computed; all else is known at the end.
-A block is read on its own, never mapped: pages of a mapped file would count as this process's memory.
+`docs/measuring.md` describes it. The logits come first, written as they are computed; all else is known at the end. A
+block is read on its own, never mapped: pages of a mapped file would count as this process's memory.
 """
 
 from __future__ import annotations

@@ -116,6 +116,8 @@ def _marks(chapter: Chapter, row: Row, best: bool) -> list[tuple[str, str]]:
     marks = [("●", "best of its size")] if best else []
     if row.kind == "candidate" and chapter.section.in_noise(row):
         marks.append(("≈", "not to be told from the noise floor"))
+    if row.status == "failed":
+        marks.append(("✗", "failed in part"))
     return marks
 
 

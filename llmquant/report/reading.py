@@ -147,9 +147,8 @@ def _unsound(section: Section) -> str:
 def _failed(section: Section) -> str:
     if not section.failed:
         return ""
-    count = len(section.failed)
-    told = [f"{row.label} ({row.error.what})" if row.error else row.label for row in section.failed]
-    return f"{count} {'cells have' if count > 1 else 'cell has'} failed: {listed(told)}."
+    count, names = len(section.failed), listed([row.label for row in section.failed])
+    return f"{count} {'cells have' if count > 1 else 'cell has'} failed, for the reasons below: {names}."
 
 
 def listed(names: Sequence[str]) -> str:

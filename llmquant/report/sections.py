@@ -21,7 +21,7 @@ class Section:
     Attributes:
         reference, noise: the rows of the 16-bit model and of its noise floor, where they were measured.
         candidates: finished ones, the smallest first.
-        failed: cells without figures, of any kind.
+        failed: cells of any kind that failed. One whose quality was measured before is among the others too.
     """
 
     model: str
@@ -33,9 +33,10 @@ class Section:
 
     @cached_property
     def measure(self) -> str:
-        """What sizes are compared by: bytes on disk where all cells have them, otherwise bytes of weights."""
+        """What sizes are compared by: bytes on disk where all cells of known size have them, otherwise of weights."""
         rows = [*self.candidates, *([self.reference] if self.reference else [])]
-        return "disk" if all(row.bytes and row.bytes.disk is not None for row in rows) else "weights"
+        sizes = [row.bytes for row in rows if row.bytes and row.bytes.weights is not None]
+        return "disk" if all(size.disk is not None for size in sizes) else "weights"
 
     @property
     def has_sizes(self) -> bool:
@@ -101,8 +102,8 @@ def split(rows: Sequence[Row]) -> list[Section]:
 
 
 def _section(model: str, text: str, rows: list[Row]) -> Section:
-    done = [row for row in rows if row.status == "done"]
-    of_kind = {kind: [row for row in done if row.kind == kind] for kind in ("reference", "noise", "candidate")}
+    known = [row for row in rows if row.status == "done" or perplexity(row) is not None]
+    of_kind = {kind: [row for row in known if row.kind == kind] for kind in ("reference", "noise", "candidate")}
     return Section(
         model=model,
         text=text,

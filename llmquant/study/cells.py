@@ -123,6 +123,10 @@ def tasks(
     """Tasks through lm-eval."""
     from llmquant.integrations.lm_eval import run_tasks
 
+    def tell(done: int, total: int, task: str) -> None:
+        if progress:
+            progress(done, total)
+
     candidate = _load(model, dtype)
     found = run_tasks(
         candidate,
@@ -131,7 +135,7 @@ def tasks(
         include_path=options["path"],
         limit=options["limit"],
         batch_size=options["batch_size"],
-        progress=progress and (lambda done, total, *_: progress(done, total)),
+        progress=tell,
     )
     return {"tasks": found}
 

@@ -1,6 +1,11 @@
 import copy
+import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,10 +13,11 @@ from torch import Tensor, nn
 
 from llmquant.errors import LlmQuantError
 from llmquant.measure.divergence import kl
-from llmquant.measure.evaluate import Evaluation, Protocol, evaluate
+from llmquant.measure.evaluate import Evaluation, NonFinite, Protocol, evaluate, score, summarize
 from llmquant.measure.perplexity import Change
 from llmquant.measure.reference import Reference
 from llmquant.measure.text import Text
+from llmquant.measure.tokens import Tokens
 
 from .conftest import CONTEXT, VOCAB, Fixed, MakeModel
 
@@ -137,3 +143,86 @@ def test_progress_counts_windows(make_model: MakeModel, windows: Tensor) -> None
 def test_the_protocol_tells_the_true_numbers(windows: Tensor) -> None:
     protocol = Protocol.describe(Text("name", "content", "digest"), windows, 7, "bfloat16", "reference")
     assert protocol == Protocol("name", "digest", CONTEXT, 5, 7, 5 * (CONTEXT - 1), "bfloat16", "reference")
+
+
+class Breaking(Fixed):
+    """Three logits of the last four positions of one window are `bad`."""
+
+    def __init__(self, bad: float, window: Tensor) -> None:
+        super().__init__(torch.linspace(0, 1, VOCAB))
+        self.bad, self.window = bad, window
+
+    def forward(self, ids: Tensor, **options: object) -> SimpleNamespace:
+        logits = super().forward(ids).logits.detach().clone()
+        if torch.equal(ids[0], self.window):
+            logits[:, -4:, :3] = self.bad
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_counted_and_never_averaged_away(windows: Tensor, bad: float) -> None:
+    """The last of the four positions is not scored."""
+    windows = windows[:2]
+    with Reference.compute(Fixed(torch.linspace(0, 1, VOCAB)), windows) as reference:
+        result = evaluate(Breaking(bad, windows[1]), windows, reference)
+        alone = evaluate(Breaking(bad, windows[1]), windows)
+    assert result.nonfinite == alone.nonfinite == NonFinite(9, 3)
+    assert result.perplexity.value == alone.perplexity.value == math.inf and math.isnan(result.perplexity.stderr)
+    assert result.kl and result.kl.mean == result.kl.max == math.inf and result.kl.median < 1e-6
+    assert result.change and result.change.value == math.inf and result.baseline and result.baseline.value < 200
+    assert result.top1 == pytest.approx(1 - 3 / (2 * (CONTEXT - 1)))
+    assert sum(cell.mean == math.inf for cell in result.kl.by_confidence) == 1
+
+
+def test_the_change_is_paired(make_model: MakeModel, windows: Tensor) -> None:
+    """Its error is far below those of the two perplexities, which the same hard tokens raise."""
+    result = compared(make_model(1, torch.bfloat16), make_model(1).bfloat16().float(), windows)
+    assert result.change and result.baseline
+    assert result.change.value == pytest.approx(result.perplexity.value / result.baseline.value - 1, abs=1e-9)
+    assert 0 < result.change.stderr < result.perplexity.stderr / result.perplexity.value / 10
+
+
+def test_parts_scored_apart_join_to_the_whole(make_model: MakeModel, windows: Tensor) -> None:
+    model, baseline, parts = make_model(1), make_model(2), []
+    for part in windows.tensor_split(2):
+        with Reference.compute(baseline, part) as reference:
+            parts.append(score(model, part, reference)[0])
+    whole = numbers(compared(model, baseline, windows))
+    assert summarize(Tokens.join(parts), whole.rows, 0.0) == whole
+
+
+LARGE = """
+import json, sys, torch
+sys.path[:0] = [{tests!r}]
+from models import build
+from llmquant.measure.evaluate import evaluate
+from llmquant.measure.memory import peak_rss, reset_peak_rss
+from llmquant.measure.reference import Reference
+
+torch.set_num_threads(1)
+model = build({family!r}, torch.{dtype}, vocab_size=262_144, max_position_embeddings=2048)
+windows = torch.randint(3, 262_144, ({windows}, 2048), generator=torch.Generator().manual_seed(0))
+with torch.inference_mode():
+    model(windows[:, :16], use_cache=False)
+assert reset_peak_rss()
+before = peak_rss()
+with Reference.compute(model, windows, folder={folder!r}) as reference:
+    after = peak_rss()
+    assert reset_peak_rss()
+    found = evaluate(model, windows, reference)
+    print(json.dumps([after - before, peak_rss() - before, reference.nbytes, found.rows, found.kl.mean]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(("family", "dtype", "windows"), [("llama", "float32", 1), ("gemma2", "bfloat16", 2)])
+def test_memory_stays_below_the_model_and_1_gb(family: str, dtype: str, windows: int, tmp_path: Path) -> None:
+    """A window's logits alone are 2 GB in float32. gemma2 has a soft cap behind its head."""
+    tests = str(Path(__file__).parents[1])
+    script = LARGE.format(tests=tests, family=family, dtype=dtype, windows=windows, folder=str(tmp_path))
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    computing, evaluating, kept, rows, kl = json.loads(told.stdout.splitlines()[-1])
+    assert kept == windows * 2048 * 262_144 * 2 and rows == 64 and kl < 1e-7
+    assert 50e6 < computing < 1e9 and 50e6 < evaluating < 1e9

@@ -72,11 +72,24 @@ def test_weights_tied_by_storage_count_once_but_parts_of_one_storage_both_count(
     assert weight_bytes(holder(nn.Parameter(data[:4]), nn.Parameter(data[4:]))) == data.nbytes
 
 
+@pytest.mark.parametrize("tie", [True, False])
+def test_embeddings_and_the_head_are_left_out_by_what_they_are(make_model: MakeModel, tie: bool) -> None:
+    """All in 32 bits but these, which are in 16: only what is counted with them shows that."""
+    model = make_model(1, tie_word_embeddings=tie)
+    model.model.embed_tokens.half()
+    model.lm_head.half()
+    counts, table = weight_counts(model), model.lm_head.weight
+    assert counts.embedding_elements == table.numel() * (1 if tie else 2)
+    assert counts.embedding_bytes == table.nbytes * (1 if tie else 2)
+    assert counts.bits_per_weight_without_embeddings == 32
+    assert 16 < float(counts.bits_per_weight or 0) < 32
+
+
 def test_buffers_are_bytes_but_not_weights() -> None:
     module = nn.Linear(4, 2, bias=False)
     module.register_buffer("cache", torch.zeros(100))
     assert weight_bytes(module) == 32 + 400
-    assert weight_counts(module) == WeightCounts(8, 32, 0, 0)
+    assert weight_counts(module) == WeightCounts(8, 32, 0, 0, 0, 0)
 
 
 def test_weights_without_memory_are_told_apart() -> None:
@@ -88,7 +101,7 @@ def test_weights_without_memory_are_told_apart() -> None:
 def test_quantized_weights_count_at_their_packed_size() -> None:
     model = holder(packed_parameter(8, 16), packed_parameter(4, 16), nn.Parameter(torch.zeros(64)))
     counts = weight_counts(model)
-    assert counts == WeightCounts(256, 64 + 32 + 256, 192, 96)
+    assert counts == WeightCounts(256, 64 + 32 + 256, 192, 96, 0, 0)
     assert counts.bits_per_quantized_weight == 4.0 and counts.bits_per_weight == 11.0
     assert weight_bytes(model) == counts.bytes
 
@@ -96,7 +109,7 @@ def test_quantized_weights_count_at_their_packed_size() -> None:
 def test_tied_quantized_weights_count_once() -> None:
     parameter = packed_parameter(8, 16)
     rewrapped = nn.Parameter(Packed(parameter.qdata, (8, 16)), False)
-    assert weight_counts(holder(parameter, parameter, rewrapped)) == WeightCounts(128, 64, 128, 64)
+    assert weight_counts(holder(parameter, parameter, rewrapped)) == WeightCounts(128, 64, 128, 64, 0, 0)
 
 
 def test_bits_of_nothing_are_unknown() -> None:
@@ -119,7 +132,7 @@ def test_a_footprint_gathers_all(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model(1)
     (tmp_path / "model.safetensors").write_bytes(b"x" * 10)
     result = footprint(model, tmp_path)
-    assert result == Footprint(10, weight_bytes(model), result.peak_rss, 32.0, None)
+    assert result == Footprint(10, weight_bytes(model), result.peak_rss, 32.0, 32.0, None)
     assert footprint(model).disk is None
 
 

@@ -1,31 +1,42 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmquant.measure import record as module
-from llmquant.measure.divergence import Divergence
-from llmquant.measure.evaluate import Evaluation, Protocol
+from llmquant.measure.divergence import ConfidenceBin, Divergence
+from llmquant.measure.evaluate import Evaluation, NonFinite, Protocol
 from llmquant.measure.memory import Footprint
-from llmquant.measure.perplexity import Perplexity
+from llmquant.measure.perplexity import Change, Perplexity
 from llmquant.measure.record import build_record, machine, versions, write_record
 
 PROTOCOL = Protocol("builtin", "ab12", 64, 3, None, 189, "bfloat16", "reference")
-FOOTPRINT = Footprint(1000, 2000, 3000, 4.5, None)
+FOOTPRINT = Footprint(1000, 2000, 3000, 4.5, 4.25, None)
+BINS = (ConfidenceBin(0.0, 0.5, 0, None), ConfidenceBin(0.5, 1.0, 189, 0.1))
 COMPARED = Evaluation(
-    Perplexity(11.0, 0.2, 189), Perplexity(10.0, 0.1, 189), Divergence(0.1, 0.05, 0.2, 0.4, 0.9, 0.01), 0.97, 0.02, 1.5
+    Perplexity(11.0, 0.2, 189),
+    Perplexity(10.0, 0.1, 189),
+    Divergence(0.1, 0.05, 0.2, 0.4, 0.9, 0.01, BINS),
+    0.97,
+    0.02,
+    1.5,
+    Change(0.1, 0.004),
+    NonFinite(0, 0),
+    64,
 )
 ALONE = Evaluation(Perplexity(11.0, 0.2, 189), None, None, None, None, 1.5)
 
 KEYS = {
-    "": "schema model baseline protocol perplexity kl top1 bytes seconds versions machine",
+    "": "schema model baseline protocol perplexity kl top1 delta_p_rms nonfinite logits_rows noise_floor speed bytes "
+    "seconds processes versions machine",
     "protocol": "text text_sha256 context windows bos tokens_scored dtype backend",
-    "perplexity": "value stderr baseline change",
-    "kl": "mean median p90 p99 max stderr",
-    "bytes": "disk weights peak_rss bits_per_weight bits_per_quantized_weight",
+    "perplexity": "value stderr baseline change change_stderr",
+    "kl": "mean median p90 p99 max stderr by_confidence",
+    "bytes": "disk weights peak_rss bits_per_weight bits_per_weight_without_embeddings bits_per_quantized_weight",
     "versions": "python torch transformers llmquant",
     "machine": "processor cores torch_threads cpu_capability memory",
 }
@@ -58,23 +69,43 @@ def test_a_record_survives_json(evaluation: Evaluation) -> None:
 
 def test_the_values_are_the_evaluations() -> None:
     record = record_of(COMPARED, "b")
-    assert (record["schema"], record["model"], record["baseline"]) == (1, "m", "b")
-    assert record["perplexity"] == {"value": 11.0, "stderr": 0.2, "baseline": 10.0, "change": pytest.approx(0.1)}
+    assert (record["schema"], record["model"], record["baseline"]) == (2, "m", "b")
+    assert record["perplexity"] == {
+        "value": 11.0,
+        "stderr": 0.2,
+        "baseline": 10.0,
+        "change": 0.1,
+        "change_stderr": 0.004,
+    }
     assert record["kl"]["p99"] == 0.4 and record["top1"] == 0.97 and record["seconds"] == 1.5
+    assert record["kl"]["by_confidence"][0] == {"low": 0.0, "high": 0.5, "tokens": 0, "mean": None}
+    assert (record["delta_p_rms"], record["nonfinite"]) == (0.02, {"logits": 0, "tokens": 0})
+    assert (record["logits_rows"], record["processes"], record["noise_floor"], record["speed"]) == (64, 1, None, None)
     assert record["protocol"]["tokens_scored"] == 189 and record["bytes"]["bits_per_weight"] == 4.5
 
 
 def test_without_a_baseline_its_figures_are_null() -> None:
     record = record_of(ALONE)
     assert (record["baseline"], record["kl"], record["top1"]) == (None, None, None)
-    assert record["perplexity"] == {"value": 11.0, "stderr": 0.2, "baseline": None, "change": None}
+    assert record["perplexity"] == {
+        "value": 11.0,
+        "stderr": 0.2,
+        "baseline": None,
+        "change": None,
+        "change_stderr": None,
+    }
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_null(bad: float) -> None:
-    overflowed = Evaluation(Perplexity(bad, bad, 1), COMPARED.baseline, COMPARED.kl, 0.0, 0.0, 1.0)
-    record = record_of(overflowed, "b")
-    assert record["perplexity"] == {"value": None, "stderr": None, "baseline": 10.0, "change": None}
+    bins = (ConfidenceBin(0.0, 1.0, 1, bad),)
+    broken = Divergence(bad, 0.1, bad, bad, bad, bad, bins)
+    record = record_of(
+        replace(COMPARED, perplexity=Perplexity(bad, bad, 1), change=Change(bad, bad), kl=broken, delta_p_rms=bad), "b"
+    )
+    assert set(record["perplexity"].values()) == {None, 10.0} and record["perplexity"]["baseline"] == 10.0
+    assert record["kl"]["mean"] is record["delta_p_rms"] is record["kl"]["by_confidence"][0]["mean"] is None
+    assert record["kl"]["median"] == 0.1
     json.dumps(record, allow_nan=False)
 
 

@@ -34,7 +34,7 @@ def test_the_figures_are_the_rows(tmp_path: Path) -> None:
     assert "within 1 % of its perplexity is int8 (53.0 MB, +0.40 % ± 0.10 %)" in said[2]
     assert "within 5 % of its perplexity is int4-g64 (31.0 MB, +3.00 % ± 0.10 %)" in said[3]
     assert said[5] == "The best of their size by KL, the smallest first: int2, int4-g64 and int8."
-    assert said[6] == "1 cell has failed: broken (a weight is NaN)."
+    assert said[6] == "1 cell has failed, for the reasons below: broken."
 
 
 def test_an_error_that_leaves_a_limit_open_is_told(tmp_path: Path) -> None:
@@ -92,7 +92,16 @@ def test_what_was_not_measured_is_told(tmp_path: Path) -> None:
 
 def test_all_failed(tmp_path: Path) -> None:
     said = read(section(tmp_path, [failed("a"), failed("b")]))
-    assert said[0] == "No candidate has figures to compare." and "2 cells have failed: a (a weight" in said[-1]
+    assert said[0] == "No candidate has figures to compare."
+    assert said[-1] == "2 cells have failed, for the reasons below: a and b."
+
+
+def test_what_failed_in_part_keeps_its_figures(tmp_path: Path) -> None:
+    """As when sizes and speed fail behind a measured quality."""
+    half = make("half", bytes=None, speed=None, status="failed", error={"what": "no room"})
+    found = section(tmp_path, [reference(), half, make("whole")])
+    assert [row.label for row in found.candidates] == ["whole", "half"]
+    assert [row.label for row in found.failed] == ["half"] and found.measure == "disk"
 
 
 def test_logits_that_are_not_finite_take_no_part(tmp_path: Path) -> None:
