@@ -83,7 +83,8 @@ def print_plan(study: Study, folder: Path, jobs: int, threads: int | None, retry
         open_keys = [key for key in line.parts() if key in pending]
         state = "cannot be: " + str(line.error["what"]) if line.error else "to do" if open_keys else "there"
         failed = any(store.read_failure(key) for key in line.parts() if store.read(key) is None)
-        table.add_row(line.model, line.label, line.text, escape(state + (", failed before" if failed else "")))
+        state += ", failed before" if failed else ""
+        table.add_row(line.model, escape(line.label), _text(line.text), escape(state))
     console.print(table)
     for note in plan.notes:
         errors.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
@@ -101,11 +102,16 @@ def print_results(results: Iterable[dict[str, Any]]) -> None:
     for line in lines:
         failed = line["status"] == "failed"
         figures = ["[red]failed[/]", *[""] * 5] if failed else _figures(line)
-        table.add_row(line["model"], escape(line["label"]), escape(line["text"]), *figures)
+        table.add_row(line["model"], escape(line["label"]), _text(line["text"]), *figures)
     console.print(table, highlight=False)
     for line in lines:
         if line["status"] == "failed":
             _print_failure(line)
+
+
+def _text(name: str) -> str:
+    """A text's name; of a path the last part, as a table is narrow."""
+    return escape(Path(name).name)
 
 
 def _figures(line: dict[str, Any]) -> list[str]:

@@ -13,7 +13,8 @@ from llmquant.report.rows import Row
 from llmquant.report.tasks import WORD_PERPLEXITY_NOTE, find_tasks, written
 
 PLOTS = "plots"
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|<>~$&])")
+_SPECIAL = re.compile(r"[\\`*_\[\]<>|~$&]|^[#+-]")
+_NUMBERED = re.compile(r"^(\d+)([.)])")
 
 
 def render_markdown(report: Report) -> str:
@@ -28,7 +29,7 @@ def render_markdown(report: Report) -> str:
 
 def escape(text: str) -> str:
     """Text that Markdown takes for nothing else, in one line."""
-    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+    return _NUMBERED.sub(r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", " ".join(text.split())))
 
 
 def _chapter(chapter: Chapter) -> list[str]:
