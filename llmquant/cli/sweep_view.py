@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,14 +97,15 @@ def print_plan(study: Study, folder: Path, jobs: int, threads: int | None, retry
 
 
 def print_results(results: Iterable[dict[str, Any]]) -> None:
-    """A table of all lines, the smallest first, and the reasons of those that failed."""
-    table = _table("model", "candidate", "text", "disk", "bits", "perplexity", "change", "KL", "top-1", right=5)
+    """A table for each model and text, the smallest first, and the reasons of what failed."""
     lines = sorted(results, key=lambda line: (line["model"], line["text"], line["bytes"]["disk"] or float("inf")))
-    for line in lines:
-        failed = line["status"] == "failed"
-        figures = ["[red]failed[/]", *[""] * 5] if failed else _figures(line)
-        table.add_row(line["model"], escape(line["label"]), _text(line["text"]), *figures)
-    console.print(table, highlight=False)
+    for (model, text), found in groupby(lines, key=lambda line: (line["model"], line["text"])):
+        console.print(f"[bold]{escape(model)}[/] on {_text(text)}", highlight=False)
+        table = _table("candidate", "disk", "bits", "perplexity", "change", "KL", "top-1", right=1)
+        for line in found:
+            failed = line["status"] == "failed"
+            table.add_row(escape(line["label"]), *(["[red]failed[/]"] if failed else _figures(line)))
+        console.print(table, highlight=False)
     for line in lines:
         if line["status"] == "failed":
             _print_failure(line)
@@ -145,5 +147,5 @@ def _shown(value: float | None, form: str) -> str:
 def _table(*columns: str, right: int = 99) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index >= right - 2 else "left", overflow="fold")
+        table.add_column(column, justify="right" if index >= right else "left", overflow="fold")
     return table

@@ -151,9 +151,11 @@ def performance(
     sizes = asdict(footprint(candidate, model))
     if not speed:
         return {"bytes": sizes, "speed": None}
-    baseline = candidate if plain == model else _load(plain, "auto")
-    timed = time_model(candidate, baseline, prompt=prompt, new=new, rounds=rounds, progress=progress)
-    return {"bytes": sizes, "speed": asdict(timed)}
+    baseline = None if plain == model else _load(plain, "auto")
+    timed = asdict(time_model(candidate, baseline, prompt=prompt, new=new, rounds=rounds, progress=progress))
+    if baseline is None:
+        timed |= {"prefill_reference": timed["prefill"], "decode_reference": timed["decode"]}
+    return {"bytes": sizes, "speed": timed}
 
 
 def _protocol(of: Any, model: str, text: Mapping[str, Any], windows: Tensor) -> Protocol:

@@ -191,9 +191,9 @@ class _Planner:
         options = self.study.task_options
         own = keys.folder_key(Path(options.path), self.store.digests) if options.path else None
         names = sorted(set(self.study.tasks))
-        asked = {"names": names, "limit": options.limit, "batch": options.batch_size}
         files = [self.store.digests(Path(name)) for name in names if Path(name).is_file()]
-        key = keys.tasks_key(of, {**asked, "path": own, "files": files}, self.study.dtype, self.threads)
+        asked = {"names": names, "files": files, "path": own, "limit": options.limit, "batch": options.batch_size}
+        key = keys.tasks_key(of, asked, self.study.dtype, self.threads)
         path = options.path and str(Path(options.path).resolve())
         arguments = {
             **{"model": folder, "names": names, "dtype": self.study.dtype},

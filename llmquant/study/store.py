@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -28,6 +29,7 @@ from llmquant.checkpoint.files import no_space_errors
 from llmquant.errors import LlmQuantError, StudyLockedError
 from llmquant.study.keys import Digests
 
+_DRAFT = re.compile(r"\.[0-9a-f]{32}\..+")
 _FOLDERS = ("references", "models", "cells", "failures", "logs")
 
 
@@ -138,10 +140,14 @@ class Store:
         return path
 
     def remove_drafts(self) -> None:
-        """Removes what was being written when a process was killed; finished blocks of an algorithm stay."""
-        for folder in (self.folder, *(self.folder / name for name in _FOLDERS)):
-            for path in folder.glob(".*"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        """Removes what was being written when a process was killed; finished blocks of an algorithm stay.
+
+        Only names that drafts of a store have go: the folder may be one in which a user keeps other things.
+        """
+        found = [path for name in _FOLDERS for path in (self.folder / name).iterdir() if _DRAFT.fullmatch(path.name)]
+        found += [path for name in ("results.jsonl", "digests.json") for path in self.folder.glob(f".{name}.*.draft")]
+        for path in found:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _note(self, line: dict[str, Any]) -> None:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

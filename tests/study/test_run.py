@@ -8,16 +8,21 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import torch
 
 import llmquant
+from llmquant.config.recipe import to_recipe
+from llmquant.convert.calibrated import Reading
+from llmquant.convert.job import Conversion
 from llmquant.errors import StudyError
 from llmquant.integrations.transformers import load, load_tokenizer
 from llmquant.measure.evaluate import evaluate
 from llmquant.measure.reference import Reference
 from llmquant.measure.windows import make_windows, tokenize
 from llmquant.primitives.metrics import compute_error
+from llmquant.report.read import read_rows
 from llmquant.study import cells
 from llmquant.study.job import Job, Outcome
 from llmquant.study.run import run_study
@@ -74,6 +79,43 @@ def test_figures_are_those_of_the_same_calls_in_python(make_study: MakeStudy, tm
         )
         assert layer["bits"] == 4.5 and layer["format"] == "int4"
     assert len(line["layers"]) == 14 and reference["layers"] == []
+
+
+SEAM = {
+    *("schema", "study", "model", "label", "kind", "recipe", "algorithm", "bits_budget", "text", "status", "error"),
+    *("protocol", "perplexity", "kl", "top1", "delta_p_rms", "nonfinite", "bytes", "speed", "layers", "tasks"),
+    *("seconds", "versions", "machine", "keys"),
+}
+
+
+def test_lines_are_what_the_report_reads(make_study: MakeStudy, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("llmquant_recipe: 1\nweights: {no.such.weight: int8}\n")
+    study = make_study(recipes=["int8", str(bad)], bits=5, schemes="int4-g32,int8", metrics="quality,noise")
+    done, _ = sweep(study, tmp_path / "out")
+    assert all(set(line) == SEAM for line in done.results)
+    assert [line["kind"] for line in done.results] == ["noise", "reference", *["candidate"] * 3]
+    assert len(read_rows(tmp_path / "out")) == 5
+    candidate = next(line for line in done.results if line["label"] == "int8")
+    assert set(candidate["perplexity"]) == {"value", "stderr", "baseline", "change", "change_stderr"}
+    assert sum(found["tokens"] for found in candidate["kl"]["by_confidence"]) == candidate["protocol"]["tokens_scored"]
+    assert candidate["nonfinite"] == {"logits": 0, "tokens": 0} and candidate["seconds"]["quantize"] > 0
+    assert candidate["layers"] == [] and set(candidate["bytes"].values()) == {None}
+
+
+@pytest.mark.parametrize("recipe", ["mixed-4-6-8", "s8-int8"])
+def test_a_study_quantizes_as_the_command_does(make_study: MakeStudy, tmp_path: Path, recipe: str) -> None:
+    study = make_study(recipes=recipe, calibration={"tokens": 128})
+    sweep(study, tmp_path / "out", keep_models=True)
+    (folder,) = [path for path in (tmp_path / "out" / "models").iterdir() if path.is_dir()]
+    by_command = tmp_path / "q"
+    Conversion(to_recipe(recipe), Reading(tokens=128)).write(study.models[0], by_command)
+    assert models.disk(folder) == models.disk(by_command)
+    in_memory = load(study.models[0], dtype=torch.bfloat16)
+    calibration = {"tokenizer": load_tokenizer(study.models[0]), "tokens": 128}
+    stats = llmquant.collect_stats(in_memory, recipe, **calibration) if recipe.startswith("s8") else None
+    llmquant.quantize_(in_memory, recipe, stats=stats)
+    assert torch.equal(models.logits(load(folder)), models.logits(in_memory))
 
 
 def _by_kind(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -171,6 +213,32 @@ def test_quantized_models_are_kept_on_demand_and_checked(make_study: MakeStudy, 
     (folder / "model.safetensors").write_bytes(weights)
     done, engine = sweep(make_study(texts=str(text), context=16), out)
     assert engine.count("quantize") == 1 and "changed since it was written" in done.warnings[0]
+
+
+class Rewriting(Inline):
+    """Changes a text behind the study's back, before a kind of job runs."""
+
+    def __init__(self, kind: str, path: Path) -> None:
+        super().__init__()
+        self.kind, self.path = kind, path
+
+    def submit(self, job: Job) -> None:
+        super().submit(job)
+        if job.kind == self.kind:
+            self.path.write_text("Something else altogether. " * 20)
+
+
+@pytest.mark.parametrize("kind", ["reference", "quantize"])
+def test_a_text_that_changes_meanwhile_is_not_read_under_its_old_name(
+    make_study: MakeStudy, tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("What was planned. " * 30)
+    given = {"texts": str(path)} if kind == "reference" else {"calibration": {"text": str(path), "tokens": 64}}
+    study = make_study(recipes="int4-g32", algorithms="gptq", **given)
+    done, _ = sweep(study, tmp_path / "out", Rewriting(kind, path))
+    assert {line["error"]["what"] for line in done.failed} == {"the text changed while the study ran"}
+    assert [line["kind"] for line in done.failed][-1] == "candidate"
 
 
 class Interrupted(Inline):

@@ -73,15 +73,22 @@ def test_the_lock_goes_with_a_killed_holder(tmp_path: Path) -> None:
         pass
 
 
-def test_drafts_of_a_killed_sweep_are_removed(tmp_path: Path) -> None:
+def test_drafts_of_a_killed_sweep_are_removed_and_nothing_else(tmp_path: Path) -> None:
     with Store(tmp_path).opened():
         pass
-    (tmp_path / "models" / ".k.draft-1").mkdir()
-    (tmp_path / "references" / ".k.1.tmp").write_text("half")
-    (tmp_path / "models" / "k.partial").mkdir()
+    key = "0123456789abcdef" * 2
+    drafts = [
+        f"models/.{key}.draft-1/",
+        f"models/.{key}.changed-x/",
+        f"references/.{key}.1.tmp",
+        f"cells/.{key}.json.1.draft",
+    ]
+    kept = [f"models/{key}.partial/", "models/.mine/", ".git/", ".results.jsonl", ".env", "references/.keep"]
+    for name in drafts + kept:
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("half")
     with Store(tmp_path).opened():
-        assert [path.name for path in (tmp_path / "models").iterdir()] == ["k.partial"]
-        assert not list((tmp_path / "references").iterdir())
+        assert not any((tmp_path / name).exists() for name in drafts)
+        assert all((tmp_path / name).exists() for name in kept)
 
 
 def test_models_marked_to_stay_are_not_dropped(tmp_path: Path) -> None:
