@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # One thread: on tiny tensors more only wait for each other, on a busy machine for long. Processes that tests start too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,6 +12,10 @@ import pytest
 import torch
 from hypothesis import settings
 from models import folders
+
+# A shell that starts tests in the background has them ignore Ctrl-C, and what they start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)
 __all__ = ["folders"]  # saved tiny models of many families, made once
