@@ -1,0 +1,1 @@
+"""Quantized checkpoints of other libraries, read as ours."""

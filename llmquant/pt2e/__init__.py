@@ -1,0 +1,1 @@
+"""Graph-mode quantization of exported programs (PyTorch 2 Export)."""

@@ -1,0 +1,1 @@
+"""Converted programs as files of other runtimes."""
