@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,27 +24,51 @@ class Task(NamedTuple):
     ended: Callable[[], None]
 
 
-def work_through(tasks: Sequence[Task], jobs: int | None = None, max_memory: int | None = None) -> None:
-    """Does all tasks; starts them in order.
+@dataclass(frozen=True)
+class Crew:
+    """How much may be at work at a time.
 
-    Args:
-        tasks: of which any two may run at the same time.
-        jobs: how many at a time; None is one, or as many as there are processors where `max_memory` bounds them.
+    Attributes:
+        jobs: tasks; None is one, or as many as there are processors where `max_memory` bounds them.
         max_memory: bytes that the process may come to take, with what it has already; None is no bound.
 
     Raises:
-        ConfigError: where a task alone would take more, or for no job at all.
+        ConfigError: for no job at all.
     """
-    jobs = jobs if jobs is not None else 1 if max_memory is None else os.cpu_count() or 1
-    if jobs < 1:
-        raise ConfigError(f"there must be at least one job, not {jobs}")
-    room = _room(tasks, max_memory)
-    if jobs == 1:
+
+    jobs: int | None = None
+    max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.jobs is not None and self.jobs < 1:
+            raise ConfigError(f"there must be at least one job, not {self.jobs}")
+
+    @property
+    def size(self) -> int:
+        """How many tasks run at a time, at most."""
+        return self.jobs if self.jobs is not None else 1 if self.max_memory is None else os.cpu_count() or 1
+
+
+ALONE = Crew()
+
+
+def work_through(tasks: Sequence[Task], crew: Crew = ALONE) -> None:
+    """Does all tasks, of which any two may run at the same time; starts them in order.
+
+    Raises:
+        ConfigError: where a task alone would take more memory than there may be.
+    """
+    room = _room(tasks, crew.max_memory)
+    if crew.size == 1:
         for task in tasks:
             task.started()
             task.do()
             task.ended()
-        return
+    else:
+        _together(tasks, crew.size, room)
+
+
+def _together(tasks: Sequence[Task], jobs: int, room: float) -> None:
     with _threads(jobs) as pool:
         running: dict[Future[None], Task] = {}
         for task in tasks:

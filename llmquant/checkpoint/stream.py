@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import llmquant
-from llmquant.checkpoint.crew import Task, work_through
+from llmquant.checkpoint.crew import Crew, Task, work_through
 from llmquant.checkpoint.files import check_space, check_target, no_space_errors
 from llmquant.checkpoint.journal import run_key
 from llmquant.checkpoint.manifest import new_manifest, shard_metadata
@@ -69,6 +69,7 @@ def quantize_checkpoint(
         UnfinishedRunError: where OUT.partial is of another run.
     """
     started = time.perf_counter()
+    crew = Crew(jobs, max_memory)
     resolved, target = recipe.to_config(config), Path(output)
     check_target(target, overwrite)
     source = open_source(model, dtype)
@@ -79,7 +80,7 @@ def quantize_checkpoint(
     job.check_space(target)
     report = job.report()
     with unfinished(target, job.key, job.layouts, overwrite) as out:
-        work_through(job.tasks(out, progress), jobs, max_memory)
+        work_through(job.tasks(out, progress), crew)
         job.write_rest(out)
     if progress:
         progress(job.elements, job.elements, "")
