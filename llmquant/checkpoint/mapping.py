@@ -67,6 +67,8 @@ class Group:
             return value
         rows = self.inputs[0].stored.shape[0] // count
         given = self._read(self.inputs[0], dtype, (index * rows, (index + 1) * rows))
+        if self._stays():
+            return given
         (value,) = self._convert([given]).values()
         return value
 
@@ -80,6 +82,12 @@ class Group:
             return all(patterns.count(p) == count for p in patterns) and all(map(_keeps_first, operations[1:]))
         first = self.inputs[0].stored.shape[:1]
         return len(self.inputs) == 1 and bool(first) and first[0] % count == 0 and all(map(_keeps_first, operations))
+
+    def _stays(self) -> bool:
+        """Whether a tensor is only turned where its shape asks for it, and this one's does not; a part's would."""
+        ((_, shape),) = self.specs().values()
+        asks = any(getattr(o, "check_dims", False) for o in getattr(self.transform, "operations", ()))
+        return asks and shape == self.inputs[0].stored.shape
 
     def _merges(self) -> bool:
         """Whether the first thing that is done is to stack experts."""
@@ -113,7 +121,7 @@ def _keeps_first(operation: Any) -> bool:
     """Whether an operation treats each index of the first dimension alike and alone."""
     kind = type(operation).__name__
     if kind == "Transpose":
-        return not operation.check_dims and min(operation.dim0, operation.dim1) > 0
+        return min(operation.dim0, operation.dim1) > 0
     return kind in ("Concatenate", "Interleave") and operation.dim > 0
 
 

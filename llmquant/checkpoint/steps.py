@@ -143,7 +143,8 @@ def check_twins(twins: list[tuple[Step, Step]], where: str) -> None:
 
 def _step(fqn: str, name: str, group: Group, plain: Spec, chosen: tuple[Candidate, QuantConfig] | None) -> Step:
     shape = plain[1] if chosen is None else chosen[0].shape
-    count = shape[0] if len(shape) == 3 else 1
+    stacked = len(shape) == 3 and (chosen is not None or len(group.inputs) > 1)
+    count = shape[0] if stacked else 1
     written = {fqn: plain} if chosen is None else expected(fqn, entry_of(*chosen))
     return Step(fqn, name, group, plain, written, count if group.divides(count) else 1, chosen)
 
