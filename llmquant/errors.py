@@ -87,6 +87,10 @@ class OutputExistsError(LlmQuantError):
     """An output folder that exists already and may not be replaced."""
 
 
+class UnfinishedRunError(OutputExistsError):
+    """Unfinished work beside an output that is of another run, or at which another process is."""
+
+
 class TextError(LlmQuantError):
     """An evaluation text that is missing, empty or too short."""
 

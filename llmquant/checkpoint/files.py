@@ -119,21 +119,36 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     target = target.resolve()  # of a link, the folder behind it is replaced
     check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
-    draft, old = (target.with_name(f".{target.name}.{kind}-{mark}") for kind in ("draft", "old"))
+    draft = _sibling(target, "draft")
     draft.mkdir()
     try:
         with no_space_errors(draft):
             yield draft
-        check_target(target, overwrite)  # it may have appeared meanwhile
+        put_in_place(draft, target, overwrite)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def put_in_place(draft: Path, target: Path, overwrite: bool = False) -> None:
+    """Gives a complete folder its name; one that had it before is removed afterwards.
+
+    Raises:
+        OutputExistsError: if `target` exists and may not be replaced; it may have appeared meanwhile.
+    """
+    check_target(target, overwrite)
+    old = _sibling(target, "old")
+    try:
         if target.exists():
             os.replace(target, old)
         os.replace(draft, target)
     finally:
         if old.exists() and not target.exists():
             os.replace(old, target)
-        for rest in (draft, old):
-            shutil.rmtree(rest, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sibling(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}-{uuid.uuid4().hex[:8]}")
 
 
 def check_target(target: Path, overwrite: bool) -> None:

@@ -19,18 +19,19 @@ FORMAT_VERSION = 1
 HASH_KEY, SAVE_KEY = "llmquant_manifest_sha256", "llmquant_save_id"
 
 
-def new_manifest(config: Sequence[Any], entries: Mapping[str, Any]) -> dict[str, Any]:
+def new_manifest(config: Sequence[Any], entries: Mapping[str, Any], save_id: str | None = None) -> dict[str, Any]:
     """A manifest with a save id of its own.
 
     Args:
         config: the `FqnToConfig` as pairs of plain JSON, for people to read; loading does not need it.
         entries: FQN -> entry (see `state.entry`).
+        save_id: None draws one. Two saves that share it must hold the same bits.
     """
     return {
         "quant_method": METHOD,
         "format_version": FORMAT_VERSION,
         "llmquant_version": llmquant.__version__,
-        "save_id": uuid.uuid4().hex,
+        "save_id": save_id or uuid.uuid4().hex,
         "config": list(config),
         "weights": dict(entries),
     }

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
-from copy import deepcopy
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from llmquant.checkpoint.files import read_header
+from llmquant.checkpoint.mapping import Group, find_groups
+from llmquant.checkpoint.shards import InMemory, Stored, stored_in
 from llmquant.errors import AlreadyQuantizedError, CheckpointError, ConfigError, ModelNotFoundError
 
 _SAFE_INDEX, _BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
@@ -55,25 +54,35 @@ class Source:
         Keys of the file go through transformers' own conversion mapping (renames, merges of experts, splits).
 
         Raises:
+            CheckpointError: as `groups`, and for a file that cannot be read.
+        """
+        for group in self.groups():
+            yield from group.read().items()
+
+    def groups(self) -> list[Group]:
+        """What every tensor of the model is read from; nothing but headers is read yet.
+
+        Raises:
             CheckpointError: for a file that cannot be read, for parameters that no file holds, and for other shapes.
         """
-        groups, known = dict(self._groups()), self.skeleton.state_dict()
+        groups, known = find_groups(self.skeleton, self._stored()), self.skeleton.state_dict()
         missing = set(self._required(groups))
-        for name, value in self._converted(groups):
-            missing.discard(name)
-            if name in known and value.shape != known[name].shape:
-                raise CheckpointError(
-                    f"the shape {tuple(value.shape)} in the file is not the model's {tuple(known[name].shape)}",
-                    where=f"{self.folder}: {name}",
-                    hint="config.json and the weights may belong to different models",
-                )
-            yield name, value
+        for group in groups.values():
+            for name, (_, shape) in group.specs().items():
+                missing.discard(name)
+                if name in known and shape != tuple(known[name].shape):
+                    raise CheckpointError(
+                        f"the shape {shape} in the file is not the model's {tuple(known[name].shape)}",
+                        where=f"{self.folder}: {name}",
+                        hint="config.json and the weights may belong to different models",
+                    )
         if missing:
             raise CheckpointError(
                 f"the checkpoint lacks {len(missing)} parameters of the model",
                 where=f"{self.folder}: {', '.join(sorted(missing)[:5])}",
                 hint="a shard may be missing: copy or download it again",
             )
+        return list(groups.values())
 
     def _required(self, groups: Container[str]) -> Iterator[str]:
         """One name of each parameter; of tied ones whichever the file holds."""
@@ -82,42 +91,12 @@ class Source:
             aliases = [target for target, source in tied.items() if source == name]
             yield next((n for n in (name, *aliases) if n in groups), name)
 
-    def _converted(self, groups: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        for name, transform in groups.items():
-            try:
-                found = transform.convert(name, model=self.skeleton, config=self.skeleton.config)
-            except (OSError, RuntimeError, ValueError) as error:
-                raise CheckpointError(f"cannot read the tensors of {name}: {error}", where=str(self.folder)) from error
-            for target, value in found.items():
-                yield target, value[0] if isinstance(value, list) else value
-
-    def _groups(self) -> Iterator[tuple[str, Any]]:
-        """(first FQN, transform with its lazy inputs) for each parameter or merge of parameters of the model."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-        known = self.skeleton.state_dict()
-        mapping = get_model_conversion_mapping(self.skeleton)  # type: ignore[arg-type]
-        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-        converters = [m for m in mapping if isinstance(m, WeightConverter)]
-        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-        prefix = str(self.skeleton.base_model_prefix)
-        groups: dict[str, Any] = {}
-        for key, read in sorted(self._readers().items(), key=lambda item: dot_natural_key(item[0])):
-            name, pattern = rename_source_key(key, renamings, converters, prefix, known)
-            if name not in known and key in known:
-                name, pattern = key, None
-            if name in known:
-                fresh = deepcopy(by_pattern[pattern]) if pattern else WeightRenaming(key, name)
-                groups.setdefault(name, fresh).add_tensor(name, key, pattern or key, read)
-        yield from groups.items()
-
-    def _readers(self) -> dict[str, Callable[[], Tensor]]:
-        """Key -> a function that reads it."""
-        readers: dict[str, Callable[[], Tensor]] = {}
+    def _stored(self) -> dict[str, Stored]:
+        """Key -> the tensor in its file."""
+        found: dict[str, Stored] = {}
         for path in self.files:
-            readers |= _safetensors_readers(path) if path.suffix == ".safetensors" else _bin_readers(path)
-        return readers
+            found |= stored_in(path) if path.suffix == ".safetensors" else _in_pickle(path)
+        return found
 
 
 def open_source(model: str | Path, dtype: torch.dtype | None = None) -> Source:
@@ -252,30 +231,12 @@ def _dtypes(path: Path) -> Iterator[torch.dtype | None]:
     if path.suffix == ".safetensors":
         yield from (dtype for dtype, _ in read_header(path).tensors.values())
     else:
-        yield from (read().dtype for read in _bin_readers(path).values())
+        yield from (found.dtype for found in _in_pickle(path).values())
 
 
-def _safetensors_readers(path: Path) -> dict[str, Callable[[], Tensor]]:
-    header = read_header(path)
-
-    def reader(key: str) -> Callable[[], Tensor]:
-        # A handle a tensor: pages of the file that were read can be given back.
-        def read() -> Tensor:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(key)
-
-        return read
-
-    return {key: reader(key) for key in header.tensors}
-
-
-def _bin_readers(path: Path) -> dict[str, Callable[[], Tensor]]:
+def _in_pickle(path: Path) -> dict[str, InMemory]:
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
         raise CheckpointError(f"cannot read the file: {error}", where=str(path)) from error
-    return {key: partial(_given, tensor) for key, tensor in state.items()}
-
-
-def _given(tensor: Tensor) -> Tensor:
-    return tensor
+    return {key: InMemory(tensor) for key, tensor in state.items()}

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from llmquant.checkpoint.files import ShardWriter, check_space, check_target, new_folder, no_space_errors
+import llmquant
+from llmquant.checkpoint.crew import Crew, Task, work_through
+from llmquant.checkpoint.files import check_space, check_target, no_space_errors
+from llmquant.checkpoint.journal import run_key
 from llmquant.checkpoint.manifest import new_manifest, shard_metadata
+from llmquant.checkpoint.output import Output, partial_folder, unfinished
+from llmquant.checkpoint.shards import Layout, as_bytes, lay_out
 from llmquant.checkpoint.source import Source, open_source
-from llmquant.checkpoint.state import components, entry, expected
+from llmquant.checkpoint.steps import Step, Work, check_twins, entry_of, pieces, plan_steps
 from llmquant.config import recipe
-from llmquant.config.base import QuantConfig
-from llmquant.config.candidates import Candidate
-from llmquant.errors import BadWeightError, CheckpointError
+from llmquant.config.fqn import FqnToConfig
 from llmquant.primitives.stats import InputStats
-from llmquant.quantize import (
-    Plan,
-    Progress,
-    QuantizationReport,
-    check_stats,
-    make_plan,
-    quantize_weight,
-    report_weight,
-)
-from llmquant.tensor import Meta
+from llmquant.quantize import Plan, Progress, QuantizationReport, check_stats, make_plan
 
 DEFAULT_SHARD_BYTES = 2_000_000_000
 
@@ -45,9 +41,14 @@ def quantize_checkpoint(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    jobs: int | None = None,
+    max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> QuantizationReport:
     """Writes a quantized copy of a checkpoint; the folder appears when it is complete.
+
+    One tensor is in memory at a time, of a stack of experts one expert. A run that was interrupted, even killed, leaves
+    what it has finished in OUT.partial; the same call goes on behind it and ends with the same bytes.
 
     Args:
         model: local folder or hub id of a plain checkpoint.
@@ -57,143 +58,176 @@ def quantize_checkpoint(
             activations need them.
         dtype: of what stays in float, and of the model when it is loaded; None keeps the checkpoint's.
         overwrite: whether an existing output folder is replaced.
-        max_shard_bytes: largest shard; about that much is held in memory.
+        max_shard_bytes: largest shard.
+        jobs: tensors at a time; None is one, or with `max_memory` as many as there are processors. Results are equal.
+        max_memory: bytes that the process may come to take; None is no bound.
         progress: called before each weight.
 
     Raises:
         ModelNotFoundError, AlreadyQuantizedError, NothingToQuantizeError, ConfigError, BadWeightError,
         CalibrationError, CheckpointError, NoSpaceError, OutputExistsError.
+        UnfinishedRunError: where OUT.partial is of another run.
     """
     started = time.perf_counter()
+    crew = Crew(jobs, max_memory)
     resolved, target = recipe.to_config(config), Path(output)
     check_target(target, overwrite)
     source = open_source(model, dtype)
     plan = make_plan(source.skeleton, resolved)
     check_stats(plan, stats)
-    manifest = new_manifest(recipe.to_pairs(resolved), _entries(plan))
-    check_space(target, _output_bytes(source, manifest["weights"]))
-    report = QuantizationReport(skipped=plan.skipped(source.skeleton), warnings=plan.resolution.warnings)
-    with new_folder(target, overwrite) as draft:
-        writer = ShardWriter(draft, shard_metadata(manifest), max_shard_bytes)
-        for tensors in _converted(source, plan, stats or {}, report, progress):
-            writer.add(tensors)
-        writer.close()
-        _write_rest(source, manifest, draft)
-    report.bytes_after = writer.total_bytes
+    job = Job(source, resolved, plan, max_shard_bytes, stats or {})
+    check_twins(job.work.twins, str(source.folder))
+    job.check_space(target)
+    report = job.report()
+    with unfinished(target, job.key, job.layouts, overwrite) as out:
+        work_through(job.tasks(out, progress), crew)
+        job.write_rest(out)
+    if progress:
+        progress(job.elements, job.elements, "")
     report.seconds = time.perf_counter() - started
     return report
 
 
-def _entries(plan: Plan) -> dict[str, Any]:
-    """The manifest's entry of each weight that will be quantized, known before any is read."""
-    return {candidate.name: _entry(candidate, config) for candidate, config in plan.chosen}
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A checkpoint and what becomes of it, decided before any of its tensors is read.
 
+    Attributes:
+        source: the checkpoint.
+        config: what was asked for.
+        plan: what that means for its model.
+        max_shard_bytes: largest shard.
+        stats: of a calibration run.
+        words: what else the result depends on, in plain JSON.
+    """
 
-def _entry(candidate: Candidate, config: QuantConfig) -> dict[str, Any]:
-    rows, columns = candidate.shape[:-3:-1] if candidate.transposed else candidate.shape[-2:]
-    spec = config.spec(rows, columns)
-    meta = Meta(spec.format.name, spec.block, columns, candidate.transposed, config.activation)
-    return entry(meta, candidate.shape, spec.scale_dtype, spec.asymmetric)
+    source: Source
+    config: FqnToConfig
+    plan: Plan
+    max_shard_bytes: int
+    stats: Mapping[str, InputStats]
+    words: Any = None
 
+    @cached_property
+    def work(self) -> Work:
+        """A step for every tensor of the result."""
+        return plan_steps(self.source, self.plan)
 
-def _output_bytes(source: Source, entries: dict[str, Any]) -> int:
-    """Bytes of the result's tensors; tied weights count once."""
-    quantized = sum(
-        torch.Size(shape).numel() * dtype.itemsize
-        for fqn, described in entries.items()
-        for dtype, shape in expected(fqn, described).values()
-    )
-    return quantized + sum(p.nbytes for name, p in source.skeleton.named_parameters() if name not in entries)
+    @cached_property
+    def key(self) -> str:
+        """What two runs must share for one to go on where the other ended: all that the result depends on."""
+        import transformers
 
-
-def _converted(
-    source: Source,
-    plan: Plan,
-    stats: Mapping[str, InputStats],
-    report: QuantizationReport,
-    progress: Progress | None,
-) -> Iterator[dict[str, Tensor]]:
-    """The plain tensors of each weight of the result."""
-    chosen = {c.name: (c, config) for c, config in plan.chosen}
-    canonical = _canonical_names(source)
-    total, done = sum(p.numel() for p in source.skeleton.parameters()), 0
-    cast = _Cast(source)
-    written: dict[str, bytes] = {}  # fingerprints of tied weights, to compare a second copy with the first
-    for name, value in source.parameters():
-        first = canonical.get(name, name)
-        if progress:
-            progress(min(done, total), total, first)
-        done += value.numel()
-        value = cast(first, value)
-        if first in written:
-            _same_or_refuse(first, canonical, written[first], value, source)
-            continue
-        if first in canonical.values():
-            written[first] = _fingerprint(value)
-        report.bytes_before += value.nbytes
-        yield _one(first, value, chosen.get(first), stats.get(first), report)
-    if progress:
-        progress(total, total, "")
-
-
-def _one(
-    fqn: str,
-    value: Tensor,
-    found: tuple[Candidate, QuantConfig] | None,
-    stats: InputStats | None,
-    report: QuantizationReport,
-) -> dict[str, Tensor]:
-    if found is None:
-        return {fqn: value}
-    candidate, config = found
-    try:
-        quantized = quantize_weight(value.reshape(candidate.shape), config, stats, transposed=candidate.transposed)
-    except BadWeightError as error:
-        raise BadWeightError(error.what, where=fqn, hint=error.hint) from error
-    report.quantized[fqn] = report_weight(candidate.fqns, quantized, config, value.nbytes)
-    return components(fqn, quantized)
-
-
-class _Cast:
-    """The dtype transformers gives each tensor: the model's, but for those a model keeps in float32."""
-
-    def __init__(self, source: Source) -> None:
-        from transformers.core_model_loading import build_glob_alternation
-
-        self.dtype = source.dtype
-        plan = source.skeleton._get_dtype_plan(source.dtype)  # type: ignore[operator]
-        self.kept = build_glob_alternation(list(plan))[0] if plan else None
-
-    def __call__(self, fqn: str, value: Tensor) -> Tensor:
-        if not value.is_floating_point():
-            return value
-        return value.to(torch.float32 if self.kept is not None and self.kept.search(fqn) else self.dtype)
-
-
-def _canonical_names(source: Source) -> dict[str, str]:
-    """Tied name -> the name its weight is stored under."""
-    return dict(getattr(source.skeleton, "all_tied_weights_keys", {}))
-
-
-def _fingerprint(value: Tensor) -> bytes:
-    return hashlib.sha256(value.contiguous().view(torch.uint8).numpy().data).digest()
-
-
-def _same_or_refuse(first: str, canonical: dict[str, str], kept: bytes, value: Tensor, source: Source) -> None:
-    if kept != _fingerprint(value):
-        names = ", ".join(name for name, target in canonical.items() if target == first)
-        raise CheckpointError(
-            f"config.json ties {names} to {first}, but the checkpoint holds different values for them",
-            where=str(source.folder),
-            hint='set "tie_word_embeddings": false in config.json',
+        versions = [llmquant.__version__, torch.__version__, transformers.__version__]
+        machine = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
+        weights = [[c.name, entry_of(c, config), config.algorithm] for c, config in self.plan.chosen]
+        return run_key(
+            *(versions, machine, identity(self.source), self.source.config, str(self.source.dtype)),
+            *(recipe.to_pairs(self.config), weights, self.max_shard_bytes, _stats_hash(self.stats), self.words),
         )
 
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """Its save id follows from the key, so that a run that was interrupted ends with the same bytes."""
+        entries = {candidate.name: entry_of(candidate, config) for candidate, config in self.plan.chosen}
+        return new_manifest(recipe.to_pairs(self.config), entries, self.key[:32])
 
-def _write_rest(source: Source, manifest: dict[str, Any], draft: Path) -> None:
-    """config.json with the manifest, and whatever else lies beside the weights."""
-    config = {k: v for k, v in source.config.items() if k != "torch_dtype"}
-    config |= {"dtype": str(source.dtype).removeprefix("torch."), "quantization_config": manifest}
-    with no_space_errors(draft):
-        (draft / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for path in source.extras():
-            shutil.copy2(path, draft / path.name)
+    @cached_property
+    def layouts(self) -> list[Layout]:
+        """Where every tensor of the result lies."""
+        units = [step.written for step in self.work.steps]
+        return lay_out(units, shard_metadata(self.manifest), self.max_shard_bytes)
+
+    @property
+    def elements(self) -> int:
+        """Elements of all parameters, tied ones once."""
+        return sum(p.numel() for p in self.source.skeleton.parameters())
+
+    def check_space(self, target: Path) -> None:
+        """Raises `NoSpaceError` where the disk lacks room for the rest of the result."""
+        needed = sum(step.bytes_after for step in self.work.steps)
+        there = [p for p in partial_folder(target).glob("draft/*.safetensors")]
+        check_space(target, max(needed - sum(p.stat().st_blocks * 512 for p in there), 0))
+
+    def report(self) -> QuantizationReport:
+        """What will be done to every weight, and what it will cost."""
+        steps = self.work.steps
+        return QuantizationReport(
+            quantized={step.fqn: step.report() for step in steps if step.chosen is not None},
+            skipped=self.plan.skipped(self.source.skeleton),
+            warnings=self.plan.resolution.warnings,
+            bytes_before=sum(step.bytes_before for step in steps),
+            bytes_after=sum(step.bytes_after for step in steps),
+        )
+
+    def tasks(self, out: Output, progress: Progress | None = None) -> list[Task]:
+        """What is left to do for an output."""
+        telling = _Telling(progress, self.elements)
+        for step in self.work.steps:
+            if out.has(step.fqn):
+                telling.ended(step)
+        return [
+            Task(
+                partial(_do, step, self.stats.get(step.fqn), out),
+                step.bytes_held,
+                partial(telling.started, step),
+                partial(telling.ended, step),
+            )
+            for step in self.work.steps
+            if not out.has(step.fqn)
+        ]
+
+    def write_rest(self, out: Output) -> None:
+        """config.json with the manifest, and whatever else lies beside the weights."""
+        config = {k: v for k, v in self.source.config.items() if k != "torch_dtype"}
+        config |= {"dtype": str(self.source.dtype).removeprefix("torch."), "quantization_config": self.manifest}
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        with no_space_errors(out.folder):
+            (out.folder / "config.json").write_text(text, encoding="utf-8")
+            for path in self.source.extras():
+                shutil.copy2(path, out.folder / path.name)
+
+
+def identity(source: Source) -> Any:
+    """What tells a checkpoint from others and from its own earlier versions, without reading its tensors."""
+    found = []
+    for path in (*source.files, *source.extras()):
+        status = path.stat()
+        found.append([path.name, status.st_size, status.st_mtime_ns])
+    return found
+
+
+def _do(step: Step, stats: InputStats | None, out: Output) -> None:
+    """Reads, quantizes and writes one tensor."""
+    written = {key: out.component(key) for key in step.written}
+    for piece in pieces(step, stats):
+        for key, tensor in piece.items():
+            written[key].write(tensor)
+    out.finish(step.fqn, {key: component.finish() for key, component in written.items()})
+
+
+@dataclass
+class _Telling:
+    """Tells a progress how far the steps are."""
+
+    progress: Progress | None
+    total: int
+    done: int = 0
+
+    def started(self, step: Step) -> None:
+        if self.progress:
+            self.progress(min(self.done, self.total), self.total, step.fqn)
+
+    def ended(self, step: Step) -> None:
+        self.done += torch.Size(step.plain[1]).numel()
+
+
+def _stats_hash(stats: Mapping[str, InputStats]) -> str:
+    digest = sha256()
+    for fqn, found in sorted(stats.items()):
+        for field in fields(found):
+            tensor = getattr(found, field.name)
+            if tensor is not None:
+                digest.update(f"{fqn} {field.name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(as_bytes(tensor.cpu()))
+    return digest.hexdigest()

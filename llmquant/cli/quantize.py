@@ -97,16 +97,25 @@ def quantize(
     dtype: Annotated[str, typer.Option(help="Of what stays in float: auto, float32, bfloat16 or float16.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, for instance 500MB or 2GB.")] = "2GB",
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="Tensors at work at a time: 1, or with --max-memory as many as there are processors."),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="What the process may come to take, for instance 4GB; bounds how many tensors are at work."),
+    ] = None,
     json: Annotated[
         Path | None, typer.Option(help="Write the report of every weight to this file ('-': stdout).")
     ] = None,
 ) -> None:
     """Make a quantized copy of a model.
 
-    Works tensor by tensor: memory stays near the size of one shard, whatever the model's size. Where a text is read
-    (gptq, --imatrix, static activations) the model runs first; gptq works block by block, keeps finished blocks in
-    OUT.partial, and goes on behind them if it was interrupted. --rotate, awq and smoothquant load the model too, and
-    need room on the disk for a plain copy of it beside the output while they run.
+    Works tensor by tensor: memory stays near the size of the largest, whatever the model's size. What is finished is
+    kept in OUT.partial: the same command, after it was interrupted or killed, goes on behind it and ends with the same
+    bytes. Where a text is read (gptq, --imatrix, static activations) the model runs first; gptq works block by block.
+    --rotate, awq and smoothquant load the model too, and need room on the disk for a plain copy of it beside the
+    output while they run.
 
     Schemes: `none`, or a format with suffixes: `int1` to `int8`, `float8`, `float8-e5m2`, then `-g<size>`, `-row` or
     `-tensor` (float8 also `-b<size>`: square blocks), then `-s8` (int2 to int6 in groups: scales of one byte), then
@@ -129,6 +138,7 @@ def quantize(
 
     * `llmquant quantize ./m -o ./q --bits 4.25 --schemes int3-g64,int4-g64,int6-g64 --plot choice.png`
     """
+    from llmquant.checkpoint.crew import Crew
     from llmquant.checkpoint.files import check_target
     from llmquant.cli.budget import Choice, check_alone, check_unused
     from llmquant.config.recipe import split_algorithm
@@ -146,11 +156,13 @@ def quantize(
     asked = replace(asked, changes=replace(asked.changes, rotate=rotate or asked.changes.rotate))
     check_target(output, overwrite)  # before the long part
     choice.check()
+    crew = Crew(jobs, None if max_memory is None else parse_size(max_memory))
     reading = Reading(calib, calib_tokens, seed, observer)
     report, reports = Conversion(asked, reading, budget, rotate_seed, imatrix, dtype).write(
         *(model, output),
         overwrite=overwrite,
         max_shard_bytes=shard_bytes,
+        crew=crew,
         listener=Terminal(),
         on_mixture=choice.tell,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmquant.checkpoint.crew import ALONE, Crew
 from llmquant.convert.listener import Listener, Silent
 from llmquant.errors import CalibrationError, ConfigError
 
@@ -81,12 +82,14 @@ class Calibrating:
                 "nothing here needs --observer: it is for static activations", hint="for instance s8-int8"
             )
 
-    def write(self, output: Path, overwrite: bool, max_shard_bytes: int) -> QuantizationReport:
+    def write(
+        self, output: Path, overwrite: bool, max_shard_bytes: int, crew: Crew = ALONE
+    ) -> QuantizationReport:
         """Writes the quantized checkpoint in the way that its algorithms need."""
         way = self.by_blocks if self.needs_blocks else self.streamed
-        return way(output, overwrite, max_shard_bytes)
+        return way(output, overwrite, max_shard_bytes, crew)
 
-    def streamed(self, output: Path, overwrite: bool, max_shard_bytes: int) -> QuantizationReport:
+    def streamed(self, output: Path, overwrite: bool, max_shard_bytes: int, crew: Crew) -> QuantizationReport:
         """Quantizes from disk to disk, after the plain model has read the text where that is needed."""
         from llmquant.checkpoint.stream import quantize_checkpoint
 
@@ -100,10 +103,12 @@ class Calibrating:
                 dtype=self.source.dtype,
                 overwrite=overwrite,
                 max_shard_bytes=max_shard_bytes,
+                jobs=crew.jobs,
+                max_memory=crew.max_memory,
                 progress=progress,
             )
 
-    def by_blocks(self, output: Path, overwrite: bool, max_shard_bytes: int) -> QuantizationReport:
+    def by_blocks(self, output: Path, overwrite: bool, max_shard_bytes: int, crew: Crew) -> QuantizationReport:
         """Quantizes block by block while the model reads the text; finished blocks are kept beside the output."""
         from llmquant.checkpoint.save import save
         from llmquant.tune.sequential import DEFAULT_TOKENS, quantize_with_data_

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmquant.checkpoint.crew import ALONE, Crew
 from llmquant.checkpoint.stream import DEFAULT_SHARD_BYTES
 from llmquant.config.recipe import Recipe
 from llmquant.convert.budget import Budget
@@ -47,6 +48,7 @@ class Conversion:
         *,
         overwrite: bool = False,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        crew: Crew = ALONE,
         listener: Listener | None = None,
         on_mixture: Callable[[Mixture], object] | None = None,
         on_plain: Callable[[str], object] | None = None,
@@ -58,6 +60,7 @@ class Conversion:
             output: the folder to make; it appears when it is complete.
             overwrite: whether an existing one is replaced.
             max_shard_bytes: largest shard.
+            crew: how many tensors are at work at a time.
             listener: hears how it goes.
             on_mixture: called with what the budget chose.
             on_plain: called when all is written, with the folder of the plain model that was quantized: the given one,
@@ -80,7 +83,7 @@ class Conversion:
             work = Calibrating(
                 plain, config, self.reading, self.imatrix, self.dtype, was_read=was_read, listener=listener
             )
-            report = work.write(output, overwrite, max_shard_bytes)
+            report = work.write(output, overwrite, max_shard_bytes, crew)
             if on_plain:
                 on_plain(plain)
         return report, preparation.reports

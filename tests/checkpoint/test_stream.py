@@ -30,6 +30,7 @@ from models import (
 )
 
 from llmquant import quantize_
+from llmquant.checkpoint import steps
 from llmquant.checkpoint.inspect import inspect_checkpoint
 from llmquant.checkpoint.stream import quantize_checkpoint
 from llmquant.errors import (
@@ -40,7 +41,9 @@ from llmquant.errors import (
     NoSpaceError,
     NothingToQuantizeError,
     OutputExistsError,
+    UnfinishedRunError,
 )
+from llmquant.quantize import quantize_weight
 
 BFLOAT16 = torch.bfloat16
 
@@ -263,28 +266,148 @@ class Boom(BaseException):
     """Raised from the progress callback, in the middle of the work."""
 
 
-@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt, OSError, SystemExit])
+class Interrupting:
+    """A progress that raises an error behind a part of the work."""
+
+    def __init__(self, error: type[BaseException], share: float = 0.5) -> None:
+        self.error, self.share = error, share
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        if done > total * self.share:
+            raise self.error("stop")
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt, OSError, SystemExit, NoSpaceError])
 @pytest.mark.parametrize("old", [False, True])
-def test_an_interruption_leaves_what_was_there(
-    old: bool, error: type[BaseException], folders: Folders, tmp_path: Path
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_an_interruption_leaves_what_was_there_and_can_be_gone_on_with(
+    jobs: int, old: bool, error: type[BaseException], folders: Folders, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
+    out, options = tmp_path / "out", {"overwrite": True, "max_shard_bytes": 20_000, "jobs": jobs}
     if old:
         quantize_checkpoint(folders("llama"), out, rtn("int8"))
     before = disk(out) if old else {}
-
-    def interrupt(done: int, total: int, name: str) -> None:
-        if done > total / 2:
-            raise error("stop")
-
     with pytest.raises(error):
-        quantize_checkpoint(
-            folders("llama"), out, rtn("int4-g32"), overwrite=True, max_shard_bytes=20_000, progress=interrupt
-        )
-    assert os.listdir(tmp_path) == (["out"] if old else [])
+        quantize_checkpoint(folders("llama"), out, rtn("int4-g32"), progress=Interrupting(error), **options)
+    assert sorted(os.listdir(tmp_path)) == (["out", "out.partial"] if old else ["out.partial"])
     if old:
         assert_same(disk(out), before)
         assert inspect_checkpoint(out).rows
+    quantize_checkpoint(folders("llama"), out, rtn("int4-g32"), **options)
+    assert os.listdir(tmp_path) == ["out"]
+    quantize_checkpoint(folders("llama"), tmp_path / "straight", rtn("int4-g32"), max_shard_bytes=20_000)
+    assert everything(out) == everything(tmp_path / "straight")
+
+
+def test_an_interruption_before_anything_is_finished_leaves_nothing(folders: Folders, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(folders("llama"), tmp_path / "out", "int8", progress=Interrupting(KeyboardInterrupt, -1))
+    assert os.listdir(tmp_path) == []
+
+
+def interrupted(source: Path, out: Path, config: Any = "int8", **options: Any) -> None:
+    """Leaves unfinished work."""
+    with pytest.raises(Boom):
+        quantize_checkpoint(source, out, config, progress=Interrupting(Boom), **options)
+
+
+def test_what_is_finished_is_not_done_again(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Any] = []
+    monkeypatch.setattr(steps, "quantize_weight", lambda *a, **k: (done.append(a), quantize_weight(*a, **k))[1])
+    interrupted(folders("llama"), tmp_path / "out", "int8")
+    first = len(done)
+    calls: list[int] = []
+    quantize_checkpoint(folders("llama"), tmp_path / "out", "int8", progress=lambda d, t, n: calls.append(d))
+    assert 2 < first < len(done) == 16 and calls[0] > 0 and calls == sorted(calls)
+
+
+def test_finished_work_that_was_damaged_is_done_again(folders: Folders, tmp_path: Path) -> None:
+    """As where a disk lost power and kept the journal, but not what it speaks of."""
+    interrupted(folders("llama"), tmp_path / "out", max_shard_bytes=20_000)
+    for shard in (tmp_path / "out.partial" / "draft").glob("*.safetensors"):
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+    quantize_checkpoint(folders("llama"), tmp_path / "out", "int8", max_shard_bytes=20_000)
+    quantize_checkpoint(folders("llama"), tmp_path / "straight", "int8", max_shard_bytes=20_000)
+    assert everything(tmp_path / "out") == everything(tmp_path / "straight")
+
+
+OTHERS: dict[str, Any] = {
+    "recipe": {"config": "int6"},
+    "dtype": {"dtype": torch.bfloat16},
+    "shards": {"max_shard_bytes": 20_000},
+    "model": {"family": "llama-tied"},
+    "algorithm": {"config": rtn("int8")},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_unfinished_work_of_another_run_is_refused_and_kept(other: str, folders: Folders, tmp_path: Path) -> None:
+    interrupted(folders("llama"), tmp_path / "out", "int8-g32")
+    options = {"config": "int8-g32"} | OTHERS[other]
+    before = everything(tmp_path / "out.partial" / "draft")
+    with pytest.raises(UnfinishedRunError, match="another") as error:
+        quantize_checkpoint(folders(options.pop("family", "llama")), tmp_path / "out", overwrite=True, **options)
+    assert error.value.where == str(tmp_path / "out.partial") and error.value.hint
+    assert everything(tmp_path / "out.partial" / "draft") == before and os.listdir(tmp_path) == ["out.partial"]
+    quantize_checkpoint(folders("llama"), tmp_path / "out", "int8-g32")
+
+
+def test_a_source_that_changed_meanwhile_is_another(folders: Folders, tmp_path: Path) -> None:
+    source = copy(folders("llama"), tmp_path / "source")
+    interrupted(source, tmp_path / "out")
+    rewrite(source / "model.safetensors", lambda t: t[TABLE].add_(1))
+    with pytest.raises(UnfinishedRunError):
+        quantize_checkpoint(source, tmp_path / "out", "int8")
+
+
+def test_a_folder_of_that_name_that_is_the_users_own_is_left_alone(folders: Folders, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "letter.txt").write_text("mine")
+    with pytest.raises(UnfinishedRunError, match="not the unfinished work"):
+        quantize_checkpoint(folders("llama"), tmp_path / "out", "int8")
+    assert (tmp_path / "out.partial" / "letter.txt").read_text() == "mine" and os.listdir(tmp_path) == ["out.partial"]
+
+
+# ---------------------------------------------------------------------------------- several at a time
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "mixtral", "gpt2"])
+@pytest.mark.parametrize("options", [{"jobs": 2}, {"jobs": 5}, {"max_memory": 10**12}, {"jobs": 1}], ids=str)
+def test_files_are_equal_however_many_tensors_are_at_work(
+    options: dict[str, int], family: str, folders: Folders, tmp_path: Path
+) -> None:
+    threads = torch.get_num_threads()
+    for name, given in (("one", {}), ("many", options)):
+        quantize_checkpoint(folders(family), tmp_path / name, CONFIGS[family], max_shard_bytes=20_000, **given)
+    assert everything(tmp_path / "one") == everything(tmp_path / "many")
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(("options", "text"), [({"jobs": 0}, "at least one"), ({"max_memory": 10**6}, "too little")])
+def test_a_crew_that_cannot_be_is_refused(
+    options: dict[str, int], text: str, folders: Folders, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        quantize_checkpoint(folders("llama"), tmp_path / "out", "int8", **options)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_error_of_a_weight_ends_all(jobs: int, folders: Folders, tmp_path: Path) -> None:
+    source = copy(folders("llama"), tmp_path / "source")
+    rewrite(source / "model.safetensors", poison("layers.1.mlp.up_proj", float("nan")))
+    with pytest.raises(BadWeightError, match="NaN"):
+        quantize_checkpoint(source, tmp_path / "out", "int8", jobs=jobs)
+    assert os.listdir(tmp_path) == ["source"]  # the run could not be finished: nothing to go on with
 
 
 def test_an_output_is_replaced_only_when_asked(folders: Folders, tmp_path: Path) -> None:
