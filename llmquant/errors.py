@@ -83,6 +83,10 @@ class NoSpaceError(LlmQuantError):
     """A disk without room for the result."""
 
 
+class NotEnoughMemoryError(LlmQuantError):
+    """A machine, or a limit, without memory for the work."""
+
+
 class OutputExistsError(LlmQuantError):
     """An output folder that exists already and may not be replaced."""
 

@@ -108,7 +108,9 @@ class Group:
         try:
             found = transform.convert(self.name, model=self.model, config=self.model.config)
         except (RuntimeError, ValueError, LookupError) as error:
-            raise CheckpointError(f"the tensors of {self.name} do not fit together: {error}", where=self.name) from error
+            raise CheckpointError(
+                f"the tensors of {self.name} do not fit together: {error}", where=self.name
+            ) from error
         return {target: v[0] if isinstance(v, list) else v for target, v in found.items()}
 
 

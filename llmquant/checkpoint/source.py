@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmquant.checkpoint.files import read_header
+from llmquant.checkpoint.hub import HubShards, fetch_small_files
 from llmquant.checkpoint.mapping import Group, find_groups
+from llmquant.checkpoint.origin import Origin
+from llmquant.checkpoint.raw import raw_groups, raw_skeleton
 from llmquant.checkpoint.shards import InMemory, Stored, stored_in
 from llmquant.errors import AlreadyQuantizedError, CheckpointError, ConfigError, ModelNotFoundError
 
@@ -29,8 +31,11 @@ class Source:
         folder: where it lies.
         config: config.json as plain JSON.
         dtype: the dtype its model has when transformers loads it.
-        skeleton: that model on the meta device.
-        files: its weight files.
+        skeleton: that model on the meta device; of a raw source, a tree of its keys.
+        files: its weight files; none of those that are in the hub and may not be here yet.
+        hub: these.
+        raw: whether keys of the files are the names of the tensors, which keep their own dtypes.
+        trusted: whether code beside the weights may run.
     """
 
     folder: Path
@@ -38,6 +43,31 @@ class Source:
     dtype: torch.dtype
     skeleton: nn.Module
     files: tuple[Path, ...]
+    hub: HubShards | None = None
+    raw: bool = False
+    trusted: bool = False
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know of how it is read."""
+        if not self.raw:
+            return ()
+        kind = self.config.get("model_type")
+        return (
+            f"read raw: nothing is known of {kind!r} but the keys of its files, so that every matrix is taken for a "
+            "weight [out, in], but for norms and embeddings by their keys; read the result with llmquant.load_raw",
+        )
+
+    def identity(self) -> list[Any]:
+        """What tells the checkpoint from others and from its own earlier versions, without reading its tensors."""
+        if self.hub is not None:
+            return [self.hub.repo, self.hub.commit, self.raw]
+        statuses = [(path.name, path.stat()) for path in (*self.files, *self.extras())]
+        return [self.raw, *([name, status.st_size, status.st_mtime_ns] for name, status in statuses)]
+
+    def shards_of(self, group: Group) -> set[str]:
+        """The shards of the hub that a group reads."""
+        return {given.stored.shard for given in group.inputs} if self.hub is not None else set()  # type: ignore[attr-defined]
 
     def extras(self) -> list[Path]:
         """The files beside the weights that a copy needs."""
@@ -45,8 +75,14 @@ class Source:
 
     def load(self) -> Any:
         """The plain model. Its weights are mapped from the files: memory is taken by those that are used or changed."""
+        if self.raw:
+            raise _unknown(
+                self.folder, self.config, "a raw checkpoint cannot be run", hint="an algorithm without a text"
+            )
+        if self.hub is not None:
+            self.hub.fetch_all()
         kind: Any = type(self.skeleton)
-        return kind.from_pretrained(self.folder, dtype=self.dtype)
+        return kind.from_pretrained(self.folder, dtype=self.dtype, trust_remote_code=self.trusted)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """FQN and value of every tensor of the model, one at a time.
@@ -65,6 +101,8 @@ class Source:
         Raises:
             CheckpointError: for a file that cannot be read, for parameters that no file holds, and for other shapes.
         """
+        if self.raw:
+            return raw_groups(self.skeleton, self._stored())
         groups, known = find_groups(self.skeleton, self._stored()), self.skeleton.state_dict()
         missing = set(self._required(groups))
         for group in groups.values():
@@ -93,29 +131,51 @@ class Source:
 
     def _stored(self) -> dict[str, Stored]:
         """Key -> the tensor in its file."""
-        found: dict[str, Stored] = {}
-        for path in self.files:
-            found |= stored_in(path) if path.suffix == ".safetensors" else _in_pickle(path)
-        return found
+        return _stored(self.files, self.hub)
 
 
-def open_source(model: str | Path, dtype: torch.dtype | None = None) -> Source:
+def open_source(model: str | Path | Origin, dtype: torch.dtype | None = None) -> Source:
     """Opens a plain checkpoint by folder or hub id, and builds its model on the meta device.
 
+    Of a hub repository only small files are fetched, and the headers of its shards.
+
     Raises:
-        ModelNotFoundError: for what is no Hugging Face checkpoint.
+        ModelNotFoundError: for what is no Hugging Face checkpoint, or one of an architecture that is not known.
         AlreadyQuantizedError: for a checkpoint that is quantized already.
     """
-    folder = locate(model)
+    origin = Origin.of(model)
+    local = _is_local(origin.model)
+    if local and origin.revision is not None:
+        raise ConfigError("a folder has no revisions", where=str(origin), hint="leave --revision out")
+    folder = Path(origin.model) if local else fetch_small_files(str(origin.model), origin.revision)
     config = read_config(folder)
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method:
         raise AlreadyQuantizedError(
             f"the model is quantized already (by {method})", where=str(folder), hint="start from the 16-bit model"
         )
-    files = weight_files(folder)
-    dtype = dtype or _own_dtype(folder, config, files)
-    return Source(folder, config, dtype, build_skeleton(folder, config, dtype), files)
+    hub = None if local else _hub_shards(origin, folder)
+    files = weight_files(folder) if hub is None else ()
+    own = dtype or _own_dtype(folder, config, files, hub)
+    if origin.raw:
+        skeleton: nn.Module = raw_skeleton(_stored(files, hub))
+    else:
+        skeleton = build_skeleton(folder, config, own, trusted=origin.trust_remote_code)
+    return Source(folder, config, own, skeleton, files, hub, origin.raw, origin.trust_remote_code)
+
+
+def _stored(files: tuple[Path, ...], hub: HubShards | None) -> dict[str, Stored]:
+    """Key -> the tensor in its file."""
+    found: dict[str, Stored] = dict(hub.stored()) if hub is not None else {}
+    for path in files:
+        found |= stored_in(path) if path.suffix == ".safetensors" else _in_pickle(path)
+    return found
+
+
+def _hub_shards(origin: Origin, folder: Path) -> HubShards:
+    index = folder / _SAFE_INDEX
+    names = _indexed_files(index) if index.is_file() else ["model.safetensors"]
+    return HubShards(str(origin.model), folder, names, origin.drop_shards)
 
 
 def extras(folder: Path) -> list[Path]:
@@ -126,13 +186,8 @@ def extras(folder: Path) -> list[Path]:
 
 def locate(model: str | Path) -> Path:
     """The local folder of a model; a hub id is downloaded. Raises `ModelNotFoundError`."""
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(model)):
-        raise ModelNotFoundError(
-            "no such model folder", where=str(model), hint="a folder with config.json and safetensors, or a hub id"
-        )
+    if _is_local(model):
+        return Path(model)
     from huggingface_hub import snapshot_download
 
     try:
@@ -145,6 +200,18 @@ def locate(model: str | Path) -> Path:
             where=str(model),
             hint="check the path; for a hub id, the network, the spelling and your token",
         ) from error
+
+
+def _is_local(model: str | Path) -> bool:
+    """Whether it is a folder; else it may be a hub id. Raises `ModelNotFoundError` for what can be neither."""
+    path = Path(model)
+    if path.is_dir():
+        return True
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(model)):
+        raise ModelNotFoundError(
+            "no such model folder", where=str(model), hint="a folder with config.json and safetensors, or a hub id"
+        )
+    return False
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -184,24 +251,33 @@ def _indexed_files(index: Path) -> list[str]:
         raise CheckpointError(f"cannot read the index of the shards: {error!r}", where=str(index)) from error
 
 
-def build_skeleton(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-    """The model of a config on the meta device. Raises `ModelNotFoundError` for what transformers does not know."""
+def build_skeleton(folder: Path, config: dict[str, Any], dtype: torch.dtype, *, trusted: bool = False) -> nn.Module:
+    """The model of a config on the meta device; code beside the config runs only if it is trusted.
+
+    Raises:
+        ModelNotFoundError: for what transformers does not know.
+    """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
     names = config.get("architectures") or []
     try:
-        parsed = transformers.AutoConfig.from_pretrained(folder)
+        parsed = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
         cls = getattr(transformers, names[0], None) if names else None
         with torch.device("meta"):
             if cls is None:
-                return transformers.AutoModelForCausalLM.from_config(parsed, dtype=dtype)
+                return transformers.AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=trusted)
             return cls._from_config(parsed, dtype=dtype)
     except (ValueError, KeyError, ImportError, AttributeError, TypeError, StrictDataclassError) as error:
-        raise ModelNotFoundError(
-            f"transformers {transformers.__version__} cannot build a {config.get('model_type')!r} model: {error}",
-            where=str(folder),
-        ) from error
+        what = f"transformers {transformers.__version__} cannot build a {config.get('model_type')!r} model: {error}"
+        raise _unknown(folder, config, what) from error
+
+
+def _unknown(folder: Path, config: dict[str, Any], what: str, hint: str | None = None) -> ModelNotFoundError:
+    ways = ["--raw takes the matrices of the files by their keys"]
+    if config.get("auto_map"):
+        ways.append("--trust-remote-code runs the code that the repository brings, if you have read it")
+    return ModelNotFoundError(what, where=str(folder), hint=hint or "; ".join(ways))
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
@@ -214,7 +290,9 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return found
 
 
-def _own_dtype(folder: Path, config: dict[str, Any], files: tuple[Path, ...]) -> torch.dtype:
+def _own_dtype(
+    folder: Path, config: dict[str, Any], files: tuple[Path, ...], hub: HubShards | None = None
+) -> torch.dtype:
     """The dtype that `from_pretrained` would choose: config.json's, else that of the first floating tensor."""
     text = config.get("text_config") or {}
     name = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
@@ -223,15 +301,7 @@ def _own_dtype(folder: Path, config: dict[str, Any], files: tuple[Path, ...]) ->
         if not isinstance(found, torch.dtype):
             raise ModelNotFoundError(f"config.json names the dtype {name!r}, which torch lacks", where=str(folder))
         return found
-    floating = (dtype for path in files for dtype in _dtypes(path) if dtype is not None and dtype.is_floating_point)
-    return next(floating, torch.float32)
-
-
-def _dtypes(path: Path) -> Iterator[torch.dtype | None]:
-    if path.suffix == ".safetensors":
-        yield from (dtype for dtype, _ in read_header(path).tensors.values())
-    else:
-        yield from (found.dtype for found in _in_pickle(path).values())
+    return next((t.dtype for t in _stored(files, hub).values() if t.dtype.is_floating_point), torch.float32)
 
 
 def _in_pickle(path: Path) -> dict[str, InMemory]:

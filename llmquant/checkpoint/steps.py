@@ -183,6 +183,8 @@ def _fingerprint(step: Step) -> bytes:
 
 def _dtypes(source: Source) -> Callable[[str, torch.dtype], torch.dtype]:
     """FQN and dtype in the file -> the dtype transformers gives it: the model's, but for what it keeps in float32."""
+    if source.raw:
+        return lambda fqn, found: found
     from transformers.core_model_loading import build_glob_alternation
 
     plan = source.skeleton._get_dtype_plan(source.dtype)  # type: ignore[operator]

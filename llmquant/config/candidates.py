@@ -24,6 +24,7 @@ class Role(StrEnum):
     embedding = "embedding"
     head = "head"
     experts = "experts"
+    norm = "norm"  # a matrix that is one by its key, where nothing else is known
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,9 @@ _ROUTERS = ("Router", "MoEGate", "MoEV1Gate", "TopKGate", "TopKGating")  # how t
 
 def _role(owner: nn.Module, attribute: str, param: nn.Parameter, is_head: bool) -> Role | None:
     """What the owner uses the parameter for, or None if that is not known."""
+    raw_roles: Mapping[str, Role] | None = getattr(owner, "raw_roles", None)
+    if raw_roles is not None:  # of a model of which only the keys are known
+        return raw_roles.get(attribute)
     if flat_experts(owner):
         return Role.experts if param.ndim == 2 else None
     if _is_experts(owner):
@@ -237,6 +241,8 @@ def _obstacle(use: _Use) -> str | None:
         return "a norm"
     if use.param.ndim < 2:
         return f"{use.param.ndim}-D"
+    if hasattr(use.owner, "raw_roles"):
+        return f"{use.param.ndim}-D, and by its key alone only a matrix is a weight"
     return use.routing or f"{kind}: not a linear, embedding or expert weight"
 
 

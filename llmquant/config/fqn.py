@@ -213,9 +213,9 @@ def _spell(config: Config | None) -> str:
 
 
 def _default_covers(candidate: Candidate) -> bool:
-    """Whether `_default` may decide it: embeddings and tied heads are quantized only if a key means them."""
+    """Whether `_default` may decide it: embeddings, tied heads and norms are quantized only if a key means them."""
     tied_head = candidate.tied and Role.head in candidate.roles
-    return Role.embedding not in candidate.roles and not tied_head
+    return not {Role.embedding, Role.norm} & set(candidate.roles) and not tied_head
 
 
 def _why_uncovered(candidate: Candidate) -> str:
@@ -224,6 +224,8 @@ def _why_uncovered(candidate: Candidate) -> str:
     if candidate.tied:
         rest = candidate.fqns[1:]
         return f"tied to {', '.join(rest)}; name it to quantize {'both' if len(rest) == 1 else 'all'}"
+    if Role.norm in candidate.roles:
+        return "a norm by its key; name it to quantize it"
     return "an embedding; name it or _embedding to quantize it"
 
 

@@ -82,9 +82,7 @@ class Calibrating:
                 "nothing here needs --observer: it is for static activations", hint="for instance s8-int8"
             )
 
-    def write(
-        self, output: Path, overwrite: bool, max_shard_bytes: int, crew: Crew = ALONE
-    ) -> QuantizationReport:
+    def write(self, output: Path, overwrite: bool, max_shard_bytes: int, crew: Crew = ALONE) -> QuantizationReport:
         """Writes the quantized checkpoint in the way that its algorithms need."""
         way = self.by_blocks if self.needs_blocks else self.streamed
         return way(output, overwrite, max_shard_bytes, crew)

@@ -1,6 +1,6 @@
 """Where config, algorithms, packing and tensors meet: one weight, a plan for a model, the model, the report."""
 
-from llmquant.quantize.model import AFTER_QUANTIZE, InPlace, Progress, quantize_, replace_weight
+from llmquant.quantize.model import AFTER_QUANTIZE, InPlace, Item, Progress, quantize_, replace_weight
 from llmquant.quantize.plan import Plan, check_stats, make_plan
 from llmquant.quantize.report import QuantizationReport, WeightReport, report_weight
 from llmquant.quantize.weight import check_weight, quantize_weight
@@ -8,6 +8,7 @@ from llmquant.quantize.weight import check_weight, quantize_weight
 __all__ = [
     "AFTER_QUANTIZE",
     "InPlace",
+    "Item",
     "Plan",
     "Progress",
     "QuantizationReport",

@@ -20,7 +20,25 @@ from llmquant.quantize.weight import check_weight, quantize_weight
 from llmquant.tensor import QuantizedTensor
 
 Progress = Callable[[int, int, str], None]
-"""Called with elements done, elements in all, and the FQN at work."""
+"""Called with elements done, elements in all, and the FQN at work. Where that is an `Item`, bytes are counted."""
+
+
+class Item(str):
+    """The FQN at work, where what is done and to do are bytes.
+
+    Attributes:
+        number: how many tensors are done.
+        count: of how many.
+    """
+
+    number: int
+    count: int
+
+    def __new__(cls, name: str, number: int, count: int) -> Item:
+        """The FQN `name`, with the counts of tensors."""
+        item = super().__new__(cls, name)
+        item.number, item.count = number, count
+        return item
 
 
 def quantize_(

@@ -316,9 +316,7 @@ def interrupted(source: Path, out: Path, config: Any = "int8", **options: Any) -
         quantize_checkpoint(source, out, config, progress=Interrupting(Boom), **options)
 
 
-def test_what_is_finished_is_not_done_again(
-    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_finished_is_not_done_again(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[Any] = []
     monkeypatch.setattr(steps, "quantize_weight", lambda *a, **k: (done.append(a), quantize_weight(*a, **k))[1])
     interrupted(folders("llama"), tmp_path / "out", "int8")
@@ -393,9 +391,7 @@ def test_files_are_equal_however_many_tensors_are_at_work(
 
 
 @pytest.mark.parametrize(("options", "text"), [({"jobs": 0}, "at least one"), ({"max_memory": 10**6}, "too little")])
-def test_a_crew_that_cannot_be_is_refused(
-    options: dict[str, int], text: str, folders: Folders, tmp_path: Path
-) -> None:
+def test_a_crew_that_cannot_be_is_refused(options: dict[str, int], text: str, folders: Folders, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=text):
         quantize_checkpoint(folders("llama"), tmp_path / "out", "int8", **options)
     assert os.listdir(tmp_path) == []
@@ -467,13 +463,15 @@ def test_the_config_is_the_sources_with_a_manifest(folders: Folders, tmp_path: P
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_progress_grows_to_the_end(family: str, folders: Folders, tmp_path: Path) -> None:
-    calls: list[tuple[int, int, str]] = []
+    calls: list[tuple[int, int, Any]] = []
     report = quantize_checkpoint(
         folders(family), tmp_path / "out", CONFIGS[family], progress=lambda *call: calls.append(call)
     )
     done, totals, names = zip(*calls, strict=True)
     assert list(done) == sorted(done) and done[0] == 0
-    assert set(totals) == {done[-1]} == {sum(p.numel() for p in load(folders(family)).parameters())}
+    assert set(totals) == {done[-1]} == {report.bytes_before}
+    assert [name.number for name in names] == sorted(name.number for name in names)
+    assert {name.count for name in names} == {names[-1].number}
     assert set(names) >= set(report.quantized)
 
 
