@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from llmquant.convert.listener import Bar as Report
 from llmquant.errors import LlmQuantError
@@ -18,24 +17,11 @@ console = Console()
 errors = Console(stderr=True)
 
 
-@contextmanager
-def progress_bar(title: str) -> Iterator[Report]:
-    """A bar on stderr, driven by calls with done, total and what is at work."""
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[item]}"),
-    )
-    with Progress(*columns, console=errors) as bar:
-        task = bar.add_task(title, total=None, item="")
+def progress_bar(title: str) -> AbstractContextManager[Report]:
+    """Progress on stderr, driven by calls with done, total and what is at work: a bar, or lines in a log."""
+    from llmquant.cli.progress import lines, terminal_bar
 
-        def report(done: int, total: int, item: str = "", /) -> None:
-            bar.update(task, completed=done, total=total, item=item)
-
-        yield report
+    return terminal_bar(title, errors) if errors.is_terminal else lines(title, errors)
 
 
 class Terminal:

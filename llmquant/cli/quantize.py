@@ -10,9 +10,13 @@ import typer
 from rich.table import Table
 
 from llmquant.cli.console import Terminal, console, errors, size, write_json
+from llmquant.cli.plan_view import print_kept, print_plan
 from llmquant.errors import ConfigError
 
 if TYPE_CHECKING:
+    from llmquant.checkpoint.crew import Crew
+    from llmquant.checkpoint.origin import Origin
+    from llmquant.checkpoint.plan import CheckpointPlan
     from llmquant.config.recipe import Recipe
     from llmquant.quantize import QuantizationReport
 
@@ -105,8 +109,38 @@ def quantize(
         str | None,
         typer.Option(help="What the process may come to take, for instance 4GB; bounds how many tensors are at work."),
     ] = None,
+    ignore_memory: Annotated[
+        bool, typer.Option("--ignore-memory", help="Go on where memory will hardly do; otherwise that is refused.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
+    drop_shards: Annotated[
+        bool,
+        typer.Option(
+            "--drop-shards",
+            help="Delete each shard that was downloaded by this run from the hub's cache when nothing needs it any "
+            "more. It is downloaded again by a run that goes on after an interruption and needs it.",
+        ),
+    ] = False,
+    raw: Annotated[
+        bool,
+        typer.Option(
+            "--raw",
+            help="For architectures that transformers does not know: names are the keys of the files, and every matrix "
+            "but norms and embeddings, by their keys, is a weight. llmquant.load_raw reads the result.",
+        ),
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python code beside the weights to build the model.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show sizes, what stays in float, memory and disk needed, and write nothing. --json gives it as JSON.",
+        ),
+    ] = False,
     json: Annotated[
-        Path | None, typer.Option(help="Write the report of every weight to this file ('-': stdout).")
+        Path | None, typer.Option(help="Write the report of every weight, or the plan, to this file ('-': stdout).")
     ] = None,
 ) -> None:
     """Make a quantized copy of a model.
@@ -136,10 +170,13 @@ def quantize(
 
     * `llmquant quantize ./m -o ./q --recipe int4-g64 --set _embedding=int8 --set 're:.*down_proj=int6-g32'`
 
+    * `llmquant quantize org/model -o ./q --drop-shards --dry-run`
+
     * `llmquant quantize ./m -o ./q --bits 4.25 --schemes int3-g64,int4-g64,int6-g64 --plot choice.png`
     """
     from llmquant.checkpoint.crew import Crew
     from llmquant.checkpoint.files import check_target
+    from llmquant.checkpoint.origin import Origin
     from llmquant.cli.budget import Choice, check_alone, check_unused
     from llmquant.config.recipe import split_algorithm
     from llmquant.convert.budget import Budget
@@ -154,15 +191,21 @@ def quantize(
         budget = Budget(bits, schemes, parse_pairs(set_ or []), split_algorithm(algorithm)[1])
     asked, shard_bytes = build_recipe(recipe, set_ or [], algorithm), parse_size(max_shard_size)
     asked = replace(asked, changes=replace(asked.changes, rotate=rotate or asked.changes.rotate))
+    origin = Origin(model, revision, drop_shards, raw, trust_remote_code)
+    crew = Crew(jobs, None if max_memory is None else parse_size(max_memory))
+    if dry_run:
+        check_planned(asked, budget)
+        show_plan(plan_of(origin, output, asked, dtype, shard_bytes, crew), json)
+        return
     check_target(output, overwrite)  # before the long part
     choice.check()
-    crew = Crew(jobs, None if max_memory is None else parse_size(max_memory))
     reading = Reading(calib, calib_tokens, seed, observer)
     report, reports = Conversion(asked, reading, budget, rotate_seed, imatrix, dtype).write(
-        *(model, output),
+        *(origin, output),
         overwrite=overwrite,
         max_shard_bytes=shard_bytes,
         crew=crew,
+        ignore_memory=ignore_memory,
         listener=Terminal(),
         on_mixture=choice.tell,
     )
@@ -172,6 +215,43 @@ def quantize(
         write_json(report.to_dict() | reports, json)
     if not json or str(json) != "-":
         print_report(report, output)
+
+
+def check_planned(asked: Recipe, budget: object) -> None:
+    """Raises `ConfigError` where what is to be done is not known before the model has run."""
+    if budget is not None:
+        raise ConfigError(
+            "--bits chooses schemes by running the model, which --dry-run does not", hint="--dry-run with --recipe"
+        )
+    if asked.changes:
+        raise ConfigError(
+            "a rotation, awq and smoothquant write a changed plain model first, which --dry-run cannot plan",
+            hint="--dry-run without them gives the sizes; add room for the plain model",
+        )
+
+
+def plan_of(
+    origin: Origin, output: Path, asked: Recipe, dtype: str, max_shard_bytes: int, crew: Crew
+) -> CheckpointPlan:
+    """What would be done."""
+    from llmquant.checkpoint.plan import plan_checkpoint
+    from llmquant.checkpoint.source import parse_dtype
+
+    return plan_checkpoint(
+        *(origin, output, asked.config),
+        dtype=parse_dtype(dtype),
+        max_shard_bytes=max_shard_bytes,
+        jobs=crew.jobs,
+        max_memory=crew.max_memory,
+    )
+
+
+def show_plan(plan: CheckpointPlan, json: Path | None) -> None:
+    """Prints a plan, writes it as JSON, or both."""
+    if json:
+        write_json(plan.to_dict(), json)
+    if not json or str(json) != "-":
+        print_plan(plan)
 
 
 def build_recipe(recipe: str | None, pairs: list[str], algorithm: str | None) -> Recipe:
@@ -226,20 +306,10 @@ def print_report(report: QuantizationReport, output: Path) -> None:
         before, after = sum(w.bytes_before for w in found), sum(w.bytes_after for w in found)
         table.add_row(scheme, algorithm, str(len(found)), size(before), size(after))
     console.print(table)
-    for reason, names in grouped_reasons(report.skipped).items():
-        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-        console.print(f"kept in float: {', '.join(names[:2])}{more} ({reason})", highlight=False, soft_wrap=True)
+    print_kept(report.skipped)
     ratio = report.bytes_after / max(report.bytes_before, 1)
     console.print(
         f"{size(report.bytes_before)} -> {size(report.bytes_after)} ({ratio:.1%}) in {report.seconds:.1f} s: {output}",
         highlight=False,
         soft_wrap=True,
     )
-
-
-def grouped_reasons(skipped: dict[str, str]) -> dict[str, list[str]]:
-    """Reason -> FQNs."""
-    groups: dict[str, list[str]] = {}
-    for fqn, reason in skipped.items():
-        groups.setdefault(reason, []).append(fqn)
-    return groups

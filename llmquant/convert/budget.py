@@ -12,6 +12,7 @@ from llmquant.convert.listener import Listener, Silent
 from llmquant.errors import CalibrationError, ConfigError
 
 if TYPE_CHECKING:
+    from llmquant.checkpoint.origin import Origin
     from llmquant.config.base import QuantConfig
     from llmquant.tune.mixture import Mixture
 
@@ -41,7 +42,9 @@ class Budget:
 
         return with_algorithm(list(parse_schemes(self.schemes or SCHEMES).values()), self.algorithm)
 
-    def choose(self, model: str, reading: Reading, dtype: str = "auto", listener: Listener | None = None) -> Mixture:
+    def choose(
+        self, model: str | Origin, reading: Reading, dtype: str = "auto", listener: Listener | None = None
+    ) -> Mixture:
         """The choice for a model.
 
         Args:
@@ -81,7 +84,7 @@ def with_algorithm(options: list[QuantConfig], algorithm: str | None) -> list[Qu
     return changed
 
 
-def load_plain(model: str, dtype: str) -> tuple[Any, Any, Path]:
+def load_plain(model: str | Origin, dtype: str) -> tuple[Any, Any, Path]:
     """A plain model that reads one text, its tokenizer and its folder.
 
     Raises:
@@ -93,5 +96,5 @@ def load_plain(model: str, dtype: str) -> tuple[Any, Any, Path]:
 
     source = open_source(model, parse_dtype(dtype))
     if source.config.get("is_encoder_decoder"):
-        raise CalibrationError("an encoder and a decoder read two texts, of which there is one here", where=model)
+        raise CalibrationError("an encoder and a decoder read two texts, of which there is one here", where=str(model))
     return source.load(), load_tokenizer(source.folder), source.folder

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmquant.checkpoint.crew import ALONE, Crew
+from llmquant.checkpoint.origin import Origin
 from llmquant.convert.listener import Listener, Silent
 from llmquant.errors import CalibrationError, ConfigError
 
@@ -36,7 +37,7 @@ class Calibrating:
     """A checkpoint that is to be quantized, and what must be read for it.
 
     Args:
-        model: folder or hub id of a plain checkpoint.
+        model: folder, hub id or `Origin` of a plain checkpoint.
         config: what becomes of its weights.
         reading: the text.
         imatrix: where the importance of columns is kept, if errors are to be weighed by it.
@@ -50,7 +51,7 @@ class Calibrating:
 
     def __init__(
         self,
-        model: str,
+        model: str | Origin,
         config: FqnToConfig,
         reading: Reading,
         imatrix: Path | None = None,
@@ -66,6 +67,7 @@ class Calibrating:
         from llmquant.tune.sequential import runs_by_blocks
 
         observer_factory(reading.observer or "minmax", None)  # a misspelt name shows before a model is loaded
+        self.origin = model
         self.source = open_source(model, parse_dtype(dtype))
         self.config, self.reading, self.imatrix = config, reading, imatrix
         self.listener = listener or Silent()
@@ -82,19 +84,23 @@ class Calibrating:
                 "nothing here needs --observer: it is for static activations", hint="for instance s8-int8"
             )
 
-    def write(self, output: Path, overwrite: bool, max_shard_bytes: int, crew: Crew = ALONE) -> QuantizationReport:
+    def write(
+        self, output: Path, overwrite: bool, max_shard_bytes: int, crew: Crew = ALONE, ignore_memory: bool = False
+    ) -> QuantizationReport:
         """Writes the quantized checkpoint in the way that its algorithms need."""
         way = self.by_blocks if self.needs_blocks else self.streamed
-        return way(output, overwrite, max_shard_bytes, crew)
+        return way(output, overwrite, max_shard_bytes, crew, ignore_memory)
 
-    def streamed(self, output: Path, overwrite: bool, max_shard_bytes: int, crew: Crew) -> QuantizationReport:
+    def streamed(
+        self, output: Path, overwrite: bool, max_shard_bytes: int, crew: Crew, ignore_memory: bool
+    ) -> QuantizationReport:
         """Quantizes from disk to disk, after the plain model has read the text where that is needed."""
         from llmquant.checkpoint.stream import quantize_checkpoint
 
         stats = self.stats()
         with self.listener.bar("Quantizing") as progress:
             return quantize_checkpoint(
-                self.source.folder,
+                self.origin,
                 output,
                 self.config,
                 stats=stats,
@@ -103,10 +109,13 @@ class Calibrating:
                 max_shard_bytes=max_shard_bytes,
                 jobs=crew.jobs,
                 max_memory=crew.max_memory,
+                ignore_memory=ignore_memory,
                 progress=progress,
             )
 
-    def by_blocks(self, output: Path, overwrite: bool, max_shard_bytes: int, crew: Crew) -> QuantizationReport:
+    def by_blocks(
+        self, output: Path, overwrite: bool, max_shard_bytes: int, crew: Crew, ignore_memory: bool
+    ) -> QuantizationReport:
         """Quantizes block by block while the model reads the text; finished blocks are kept beside the output."""
         from llmquant.checkpoint.save import save
         from llmquant.tune.sequential import DEFAULT_TOKENS, quantize_with_data_

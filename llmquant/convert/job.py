@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmquant.checkpoint.crew import ALONE, Crew
+from llmquant.checkpoint.origin import Origin
 from llmquant.checkpoint.stream import DEFAULT_SHARD_BYTES
 from llmquant.config.recipe import Recipe
 from llmquant.convert.budget import Budget
@@ -43,12 +44,13 @@ class Conversion:
 
     def write(
         self,
-        model: str,
+        model: str | Origin,
         output: Path,
         *,
         overwrite: bool = False,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         crew: Crew = ALONE,
+        ignore_memory: bool = False,
         listener: Listener | None = None,
         on_mixture: Callable[[Mixture], object] | None = None,
         on_plain: Callable[[str], object] | None = None,
@@ -56,10 +58,12 @@ class Conversion:
         """Writes the quantized checkpoint.
 
         Args:
-            model: folder or hub id of the plain one.
+            model: folder, hub id or `Origin` of the plain one.
             output: the folder to make; it appears when it is complete.
             overwrite: whether an existing one is replaced.
             max_shard_bytes: largest shard.
+            crew: tensors at a time.
+            ignore_memory: go on where memory will hardly do.
             crew: how many tensors are at work at a time.
             listener: hears how it goes.
             on_mixture: called with what the budget chose.
@@ -83,13 +87,13 @@ class Conversion:
             work = Calibrating(
                 plain, config, self.reading, self.imatrix, self.dtype, was_read=was_read, listener=listener
             )
-            report = work.write(output, overwrite, max_shard_bytes, crew)
+            report = work.write(output, overwrite, max_shard_bytes, crew, ignore_memory)
             if on_plain:
-                on_plain(plain)
+                on_plain(str(plain))
         return report, preparation.reports
 
     def _chosen(
-        self, budget: Budget, plain: str, listener: Listener, on_mixture: Callable[[Mixture], object] | None
+        self, budget: Budget, plain: str | Origin, listener: Listener, on_mixture: Callable[[Mixture], object] | None
     ) -> FqnToConfig:
         mixture = budget.choose(plain, self.reading, self.dtype, listener)
         if on_mixture:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llmquant.convert.listener import Listener, Silent
 
 if TYPE_CHECKING:
+    from llmquant.checkpoint.origin import Origin
     from llmquant.checkpoint.source import Source
     from llmquant.config.fqn import FqnToConfig
     from llmquant.config.recipe import Changes
@@ -42,8 +43,8 @@ class Preparation:
 
     @contextmanager
     def applied(
-        self, model: str, output: Path, config: FqnToConfig, reading: Reading, imatrix: Path | None, dtype: str
-    ) -> Iterator[str]:
+        self, model: str | Origin, output: Path, config: FqnToConfig, reading: Reading, imatrix: Path | None, dtype: str
+    ) -> Iterator[str | Origin]:
         """The model to quantize: the given one, or a changed copy that vanishes when the block ends.
 
         Raises:

@@ -27,17 +27,17 @@ class Item(str):
     """The FQN at work, where what is done and to do are bytes.
 
     Attributes:
-        number: how many tensors are done.
-        count: of how many.
+        tensors_done: how many tensors are done.
+        tensors: of how many.
     """
 
-    number: int
-    count: int
+    tensors_done: int
+    tensors: int
 
-    def __new__(cls, name: str, number: int, count: int) -> Item:
+    def __new__(cls, name: str, done: int, total: int) -> Item:
         """The FQN `name`, with the counts of tensors."""
         item = super().__new__(cls, name)
-        item.number, item.count = number, count
+        item.tensors_done, item.tensors = done, total
         return item
 
 

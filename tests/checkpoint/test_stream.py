@@ -470,8 +470,8 @@ def test_progress_grows_to_the_end(family: str, folders: Folders, tmp_path: Path
     done, totals, names = zip(*calls, strict=True)
     assert list(done) == sorted(done) and done[0] == 0
     assert set(totals) == {done[-1]} == {report.bytes_before}
-    assert [name.number for name in names] == sorted(name.number for name in names)
-    assert {name.count for name in names} == {names[-1].number}
+    assert [name.tensors_done for name in names] == sorted(name.tensors_done for name in names)
+    assert {name.tensors for name in names} == {names[-1].tensors_done}
     assert set(names) >= set(report.quantized)
 
 
