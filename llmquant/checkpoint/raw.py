@@ -18,8 +18,8 @@ from llmquant.checkpoint.state import assemble, expected
 from llmquant.config.candidates import Role
 from llmquant.errors import CheckpointError
 
-_NORM = re.compile(r"(^|[._])(\w*norm\w*|ln(_?\w{1,2})?)$", re.IGNORECASE)
-_EMBEDDING = re.compile(r"(^|[._])(\w*embed\w*|wte|wpe)$", re.IGNORECASE)
+_NORM = re.compile(r"(^|[._])(\w*norm(_?\w{1,2})?|ln(_?\w{1,2})?)$", re.IGNORECASE)
+_EMBEDDING = re.compile(r"(^|[._])(\w*embed(d?ings?)?(_\w+)?|wte|wpe)$", re.IGNORECASE)
 _HEAD = re.compile(r"(^|[._])(lm_head|output_projection)$", re.IGNORECASE)
 
 

@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmquant.checkpoint.manifest import METHOD, check_version, new_manifest, shard_metadata, verify
+from llmquant.checkpoint.source import read_config
 from llmquant.checkpoint.state import assemble, component_key, expected, state_dict
 from llmquant.config import recipe
 from llmquant.config.base import QuantConfig
@@ -370,10 +371,33 @@ AFTER_QUANTIZE.append(attach)
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained(path, **kwargs)`, with llmquant registered."""
-    from transformers import AutoModelForCausalLM
+    """`AutoModelForCausalLM.from_pretrained(path, **kwargs)`, with llmquant registered.
 
+    Raises:
+        ModelNotFoundError: for an architecture that transformers does not know.
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    kind = _model_type(Path(path))
+    if kind is not None and kind not in CONFIG_MAPPING and not kwargs.get("trust_remote_code"):
+        raise ModelNotFoundError(
+            f"transformers {transformers_version()} does not know the architecture {kind!r}",
+            where=str(path),
+            hint="llmquant.load_raw gives its tensors by key; or trust_remote_code=True if it brings code that you trust",
+        )
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+
+
+def transformers_version() -> str:
+    """Its version."""
+    import transformers
+
+    return transformers.__version__
+
+
+def _model_type(folder: Path) -> str | None:
+    """As config.json of a local folder says."""
+    return read_config(folder)["model_type"] if (folder / "config.json").is_file() else None
 
 
 def load_tokenizer(path: str | Path) -> Any:
