@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -328,8 +330,10 @@ class _Gather(WeightConverter):
         self.keys = keys
 
     def __deepcopy__(self, memo: Any) -> _Gather:
-        # One is made for every weight: a new collection, and nothing else that is worth copying.
-        return _Gather(self.keys, self.operations)
+        # One is made for every weight: new collections, and nothing else that is worth making again.
+        new = copy(self)
+        new.collected_tensors, new.layer_targets = defaultdict(list), defaultdict(set)
+        return new
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         return self.keys.get(source_key, (source_key, None))
