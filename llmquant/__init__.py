@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from llmquant.calibrate.data import calibration_windows as calibration_windows
     from llmquant.calibrate.imatrix import load_imatrix as load_imatrix
     from llmquant.calibrate.imatrix import save_imatrix as save_imatrix
+    from llmquant.checkpoint.by_key import load_raw as load_raw
     from llmquant.checkpoint.origin import Origin as Origin
     from llmquant.checkpoint.plan import CheckpointPlan as CheckpointPlan
     from llmquant.checkpoint.plan import plan_checkpoint as plan_checkpoint
-    from llmquant.checkpoint.raw import load_raw as load_raw
     from llmquant.checkpoint.save import save as save
     from llmquant.checkpoint.stream import quantize_checkpoint as quantize_checkpoint
     from llmquant.config.base import DynamicActivationConfig as DynamicActivationConfig
@@ -115,7 +115,7 @@ _PUBLIC = {
     "llmquant.calibrate.imatrix": ["load_imatrix", "save_imatrix"],
     "llmquant.checkpoint.origin": ["Origin"],
     "llmquant.checkpoint.plan": ["CheckpointPlan", "plan_checkpoint"],
-    "llmquant.checkpoint.raw": ["load_raw"],
+    "llmquant.checkpoint.by_key": ["load_raw"],
     "llmquant.checkpoint.save": ["save"],
     "llmquant.checkpoint.stream": ["quantize_checkpoint"],
     "llmquant.config.base": ["DynamicActivationConfig", "StaticActivationConfig", "WeightOnlyConfig"],

@@ -5,18 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmquant.checkpoint.manifest import METHOD, verify
 from llmquant.checkpoint.mapping import Group, Input
-from llmquant.checkpoint.shards import Spec, Stored, stored_in
-from llmquant.checkpoint.state import assemble, expected
+from llmquant.checkpoint.shards import Spec, Stored
 from llmquant.config.candidates import Role
-from llmquant.errors import CheckpointError
 
 _NORM = re.compile(r"(^|[._])(\w*norm(_?\w{1,2})?|ln(_?\w{1,2})?)$", re.IGNORECASE)
 _EMBEDDING = re.compile(r"(^|[._])(\w*embed(d?ings?)?(_\w+)?|wte|wpe)$", re.IGNORECASE)
@@ -89,34 +84,3 @@ class RawGroup(Group):
 def raw_groups(model: nn.Module, stored: Mapping[str, Stored]) -> list[Group]:
     """A group for each tensor, in the order of the files."""
     return [RawGroup(key, None, model, [Input(key, key, tensor)]) for key, tensor in stored.items()]
-
-
-def load_raw(model: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by key, those that llmquant quantized as `QuantizedTensor`; no model is built.
-
-    Args:
-        model: local folder or hub id of a checkpoint in safetensors, of any architecture.
-
-    Raises:
-        ModelNotFoundError, CheckpointError.
-    """
-    from llmquant.checkpoint.source import locate, read_config, weight_files
-
-    folder = locate(model)
-    config, files = read_config(folder), weight_files(folder)
-    manifest: dict[str, Any] = config.get("quantization_config") or {}
-    if manifest.get("quant_method") not in (None, METHOD):
-        raise CheckpointError(f"the model is quantized by {manifest['quant_method']}, not llmquant", where=str(folder))
-    if any(path.suffix != ".safetensors" for path in files):
-        raise CheckpointError("only safetensors can be read by key", where=str(folder))
-    if manifest:
-        verify(manifest, files)
-    stored = {key: tensor for path in files for key, tensor in stored_in(path).items()}
-    dtype = getattr(torch, str(config.get("dtype", "float32")))
-    found: dict[str, Tensor] = {}
-    taken: set[str] = set()
-    for fqn, described in manifest.get("weights", {}).items():
-        keys = expected(fqn, described)
-        found[fqn] = assemble(fqn, described, {key: stored[key].read() for key in keys}, dtype)
-        taken |= set(keys)
-    return found | {key: tensor.read() for key, tensor in stored.items() if key not in taken}

@@ -387,7 +387,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
         raise ModelNotFoundError(
             f"transformers {transformers_version()} does not know the architecture {kind!r}",
             where=str(path),
-            hint="llmquant.load_raw gives its tensors by key; or trust_remote_code=True if it brings code that you trust",
+            hint="llmquant.load_raw gives its tensors by key; or trust_remote_code=True for code that you trust",
         )
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)
 
