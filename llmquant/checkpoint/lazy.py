@@ -50,7 +50,11 @@ class LazyModel:
 
     @contextmanager
     def held(self, prefix: str, names: Iterable[str] = ()) -> Iterator[None]:
-        """While it is entered, the weights of a block, or some others, are in memory. The block is not read again."""
+        """While it is entered, the weights of a block, or some others, are in memory, and what else runs meanwhile.
+
+        The block is not read again afterwards.
+        """
+        self.drop()
         found = {*self._inside(prefix), *(self._canonical[name] for name in names)}
         self._read(found)
         self._held |= found
@@ -58,7 +62,7 @@ class LazyModel:
             yield
         finally:
             self._held -= found
-            self.drop(found)
+            self.drop()
             if prefix:
                 self._over.add(prefix)
 

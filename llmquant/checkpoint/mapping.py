@@ -80,8 +80,9 @@ class Group:
         if self._merges():
             patterns = [i.pattern for i in self.inputs]
             return all(patterns.count(p) == count for p in patterns) and all(map(_keeps_first, operations[1:]))
-        first = self.inputs[0].stored.shape[:1]
-        return len(self.inputs) == 1 and bool(first) and first[0] % count == 0 and all(map(_keeps_first, operations))
+        if len(self.inputs) != 1 or not self.inputs[0].stored.shape:
+            return False
+        return self.inputs[0].stored.shape[0] % count == 0 and all(map(_keeps_first, operations))
 
     def _stays(self) -> bool:
         """Whether a tensor is only turned where its shape asks for it, and this one's does not; a part's would."""

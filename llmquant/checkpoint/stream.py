@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from hashlib import sha256
@@ -160,10 +160,12 @@ class Job:
             bytes_after=sum(step.bytes_after for step in steps),
         )
 
-    def tasks(self, out: Output, progress: Progress | None = None) -> list[Task]:
-        """What is left to do for an output."""
-        telling = _Telling(progress, self.elements)
-        for step in self.work.steps:
+    def tasks(
+        self, out: Output, progress: Progress | None = None, steps: Sequence[Step] | None = None
+    ) -> list[Task]:
+        """What is left to do for an output, by default of all steps."""
+        telling, steps = _Telling(progress, self.elements), self.work.steps if steps is None else steps
+        for step in steps:
             if out.has(step.fqn):
                 telling.ended(step)
         return [
@@ -173,7 +175,7 @@ class Job:
                 partial(telling.started, step),
                 partial(telling.ended, step),
             )
-            for step in self.work.steps
+            for step in steps
             if not out.has(step.fqn)
         ]
 
