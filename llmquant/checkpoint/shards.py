@@ -219,6 +219,20 @@ def _dtype_name(key: str, dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
+def write_shards(
+    folder: Path, units: Sequence[Mapping[str, Tensor]], metadata: Mapping[str, str], max_shard_bytes: int
+) -> list[Layout]:
+    """Writes tensors that lie in memory into shards of an existing folder; those of a unit land in one shard."""
+    specs = [{key: (t.dtype, tuple(t.shape)) for key, t in unit.items()} for unit in units]
+    layouts = lay_out(specs, metadata, max_shard_bytes)
+    writer = ShardWriter(folder, layouts)
+    for unit in units:
+        for key, tensor in unit.items():
+            writer.component(key).write(tensor)
+    writer.finish()
+    return layouts
+
+
 class ShardWriter:
     """Writes tensors to their places in the shards of a folder, in any order and from several threads.
 
