@@ -3,8 +3,8 @@
 Writes a Llama with random weights into FOLDER, shard by shard, unless it is there; quantizes it in a process of its
 own; then measures what could not be done without: reading the same bytes from the disk, and the search alone, on
 tensors that lie in memory. The share is the time of these two over the time of the run; `cpu_share` is the search's
-processor time over that of the run without its imports, for machines on which others are at work. Peak memory is `VmHWM` of the
-process, mapped file pages included.
+processor time over that of the run, for machines on which others are at work. Both count the import of transformers
+against the run. Peak memory is `VmHWM` of the process, mapped file pages included.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def worker(arguments: list[str]) -> None:
-    """`llmquant` in this process; prints its peak memory, its time, and its processor time without imports."""
+    """`llmquant` in this process; prints its peak memory, its time, and its processor time."""
     sys.argv = ["llmquant", *arguments]
     imported = time.process_time()
     started = time.perf_counter()
@@ -134,7 +134,11 @@ def worker(arguments: list[str]) -> None:
     lines = Path("/proc/self/status").read_text().splitlines()
     status = {line.split(":")[0]: line.split(":")[1].split()[0] for line in lines if line.startswith("Vm")}
     cpu = time.process_time() - imported
-    print(json.dumps({"seconds": time.perf_counter() - started, "cpu_seconds": cpu, "peak_bytes": int(status["VmHWM"]) * 1024}))
+    print(
+        json.dumps(
+            {"seconds": time.perf_counter() - started, "cpu_seconds": cpu, "peak_bytes": int(status["VmHWM"]) * 1024}
+        )
+    )
 
 
 def read_alone(folder: Path) -> tuple[float, int]:
@@ -151,7 +155,7 @@ def read_alone(folder: Path) -> tuple[float, int]:
 
 
 def search_alone(folder: Path, recipe: str) -> tuple[float, float]:
-    """Seconds, and those of processors, that `quantize_weight` takes for all weights: each shape is timed once, on weights in memory."""
+    """Seconds, and those of processors, that `quantize_weight` takes for all weights; each shape is timed once."""
     import transformers
 
     with torch.device("meta"):

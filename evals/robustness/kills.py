@@ -128,7 +128,9 @@ class Attempts:
             time.sleep(max(kill_after - (time.perf_counter() - started), 0))
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
-        allowed = {0} | ({-signal.SIGKILL} if kill_after is not None else set()) | ({FULL} if room is not None else set())
+        allowed = (
+            {0} | ({-signal.SIGKILL} if kill_after is not None else set()) | ({FULL} if room is not None else set())
+        )
         if os.waitstatus_to_exitcode(status) not in allowed:
             raise SystemExit(f"{self.way}: a process ended with status {os.waitstatus_to_exitcode(status)}")
         return time.perf_counter() - started
@@ -202,7 +204,9 @@ def write_model(folder: Path) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     sizes = dict(vocab_size=len(WORDS), hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
-    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, intermediate_size=112, bos_token_id=0, eos_token_id=1)
+    config = transformers.LlamaConfig(
+        **sizes, num_key_value_heads=2, intermediate_size=112, bos_token_id=0, eos_token_id=1
+    )
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="."))

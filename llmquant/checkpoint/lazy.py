@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from llmquant.checkpoint.mapping import Group
@@ -30,7 +29,7 @@ class LazyModel:
 
     def __init__(self, source: Source) -> None:
         with _parameters_on_meta():
-            self.model = build_skeleton(source.folder, source.config, source.dtype, torch.device("cpu"))
+            self.model = build_skeleton(source.folder, source.config, source.dtype, "cpu")
         self.model.eval()
         tied = dict(getattr(source.skeleton, "all_tied_weights_keys", {}))
         self._names: dict[str, tuple[str, ...]] = {}  # canonical FQN -> all of its names

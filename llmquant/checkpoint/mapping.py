@@ -80,9 +80,8 @@ class Group:
         if self._merges():
             patterns = [i.pattern for i in self.inputs]
             return all(patterns.count(p) == count for p in patterns) and all(map(_keeps_first, operations[1:]))
-        if len(self.inputs) != 1 or not self.inputs[0].stored.shape:
-            return False
-        return self.inputs[0].stored.shape[0] % count == 0 and all(map(_keeps_first, operations))
+        rows = [*self.inputs[0].stored.shape, 1][0]
+        return len(self.inputs) == 1 and rows % count == 0 and all(map(_keeps_first, operations))
 
     def _stays(self) -> bool:
         """Whether a tensor is only turned where its shape asks for it, and this one's does not; a part's would."""
@@ -109,7 +108,9 @@ class Group:
         try:
             found = transform.convert(self.name, model=self.model, config=self.model.config)
         except (RuntimeError, ValueError, LookupError) as error:
-            raise CheckpointError(f"the tensors of {self.name} do not fit together: {error}", where=self.name) from error
+            raise CheckpointError(
+                f"the tensors of {self.name} do not fit together: {error}", where=self.name
+            ) from error
         return {target: v[0] if isinstance(v, list) else v for target, v in found.items()}
 
 

@@ -184,10 +184,12 @@ def _indexed_files(index: Path) -> list[str]:
         raise CheckpointError(f"cannot read the index of the shards: {error!r}", where=str(index)) from error
 
 
-def build_skeleton(
-    folder: Path, config: dict[str, Any], dtype: torch.dtype, device: torch.device = torch.device("meta")
-) -> nn.Module:
-    """The model of a config, by default on the meta device. Raises `ModelNotFoundError` for what transformers does not know."""
+def build_skeleton(folder: Path, config: dict[str, Any], dtype: torch.dtype, device: str = "meta") -> nn.Module:
+    """The model of a config, by default on the meta device.
+
+    Raises:
+        ModelNotFoundError: for what transformers does not know.
+    """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
@@ -195,7 +197,7 @@ def build_skeleton(
     try:
         parsed = transformers.AutoConfig.from_pretrained(folder)
         cls = getattr(transformers, names[0], None) if names else None
-        with device:
+        with torch.device(device):
             if cls is None:
                 return transformers.AutoModelForCausalLM.from_config(parsed, dtype=dtype)
             return cls._from_config(parsed, dtype=dtype)

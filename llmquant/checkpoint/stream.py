@@ -160,9 +160,7 @@ class Job:
             bytes_after=sum(step.bytes_after for step in steps),
         )
 
-    def tasks(
-        self, out: Output, progress: Progress | None = None, steps: Sequence[Step] | None = None
-    ) -> list[Task]:
+    def tasks(self, out: Output, progress: Progress | None = None, steps: Sequence[Step] | None = None) -> list[Task]:
         """What is left to do for an output, by default of all steps."""
         telling, steps = _Telling(progress, self.elements), self.work.steps if steps is None else steps
         for step in steps:
@@ -181,6 +179,7 @@ class Job:
 
     def write_rest(self, out: Output) -> None:
         """config.json with the manifest, and whatever else lies beside the weights."""
+        out.commit()
         config = {k: v for k, v in self.source.config.items() if k != "torch_dtype"}
         config |= {"dtype": str(self.source.dtype).removeprefix("torch."), "quantization_config": self.manifest}
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"

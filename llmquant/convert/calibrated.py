@@ -83,9 +83,7 @@ class Calibrating:
                 "nothing here needs --observer: it is for static activations", hint="for instance s8-int8"
             )
 
-    def write(
-        self, output: Path, overwrite: bool, max_shard_bytes: int, crew: Crew = ALONE
-    ) -> QuantizationReport:
+    def write(self, output: Path, overwrite: bool, max_shard_bytes: int, crew: Crew = ALONE) -> QuantizationReport:
         """Writes the quantized checkpoint in the way that its algorithms need."""
         way = self.by_blocks if self.needs_blocks else self.streamed
         return way(output, overwrite, max_shard_bytes, crew)
@@ -155,7 +153,9 @@ class Calibrating:
         with self.listener.bar("Calibrating") as progress:
             lazy = LazyModel(self.source)
             found = collect_by_blocks(
-                *(lazy.model, self.config, list(windows.split(1)), lazy.held), observer=self._observer, progress=progress
+                *(lazy.model, self.config, list(windows.split(1)), lazy.held),
+                observer=self._observer,
+                progress=progress,
             )
         self._warn(found.warnings)
         self._say(found.tokens)

@@ -132,7 +132,7 @@ def quantize_by_blocks(
         config, batches, imatrix, observer, steps, progress: as there.
 
     Returns:
-        The report without sizes. In the end the model is on the meta device, and its weights are where `parts` has them.
+        The report without sizes. In the end the model is on the meta device; its weights are where `parts` has them.
 
     Raises:
         CalibrationError, BadWeightError: as there.

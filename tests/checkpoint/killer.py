@@ -74,7 +74,6 @@ class Killer:
 
         return wrapped
 
-
     def halved(self, pwrite: Any) -> Any:
         """A tensor that is cut in the middle."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import Bytes, Folders, assert_same, build, disk, load, manifest, rtn, state, weights
+from models import Bytes, Folders, build, disk, load, manifest, rtn, state, weights
 from safetensors import SafetensorError
 
 from llmquant import quantize_
@@ -118,7 +118,9 @@ sys.addaudithook(pause)
 """
 
 
-@pytest.mark.parametrize(("event", "mark"), [("open", "model-00002-of"), ("open", "config.json"), ("os.rename", "/out")])
+@pytest.mark.parametrize(
+    ("event", "mark"), [("open", "model-00002-of"), ("open", "config.json"), ("os.rename", "/out")]
+)
 def test_the_command_itself_killed_from_outside(event: str, mark: str, folders: Folders, tmp_path: Path) -> None:
     """`python -m llmquant quantize`, stopped at a moment and killed there; then run again over what it left."""
     work = tmp_path / "work"

@@ -14,7 +14,9 @@ from llmquant.checkpoint.steps import Step, pieces, plan_steps
 from llmquant.config.recipe import to_config
 from llmquant.quantize import make_plan
 
-EXPERTS = "mixtral gpt-oss qwen3-moe deepseek-v3 glm4-moe llama4 dbrx inkling longcat jetmoe qwen3-vl-moe".split()
+EXPERTS = ["mixtral", "gpt-oss", "qwen3-moe", "deepseek-v3", "glm4-moe", "llama4", "dbrx", "inkling", "longcat"]
+EXPERTS += ["jetmoe", "qwen3-vl-moe"]
+
 
 def steps_of(folder: Any, scheme: Any = "int8") -> list[Step]:
     source = open_source(folder)
@@ -33,9 +35,7 @@ def test_experts_are_read_one_by_one_and_are_those_of_the_loaded_model(family: s
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss", "qwen3-vl-moe", "llama-tied"])
-def test_experts_that_stay_in_float_are_read_one_by_one_where_they_are_gathered(
-    family: str, folders: Folders
-) -> None:
+def test_experts_that_stay_in_float_are_read_one_by_one_where_they_are_gathered(family: str, folders: Folders) -> None:
     steps = {s.fqn: s for s in steps_of(folders(family), {"_experts": "none", "_default": "int8"})}
     plain = load(folders(family)).state_dict()
     for fqn, step in steps.items():

@@ -316,9 +316,7 @@ def interrupted(source: Path, out: Path, config: Any = "int8", **options: Any) -
         quantize_checkpoint(source, out, config, progress=Interrupting(Boom), **options)
 
 
-def test_what_is_finished_is_not_done_again(
-    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_finished_is_not_done_again(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[Any] = []
     monkeypatch.setattr(steps, "quantize_weight", lambda *a, **k: (done.append(a), quantize_weight(*a, **k))[1])
     interrupted(folders("llama"), tmp_path / "out", "int8")
@@ -393,9 +391,7 @@ def test_files_are_equal_however_many_tensors_are_at_work(
 
 
 @pytest.mark.parametrize(("options", "text"), [({"jobs": 0}, "at least one"), ({"max_memory": 10**6}, "too little")])
-def test_a_crew_that_cannot_be_is_refused(
-    options: dict[str, int], text: str, folders: Folders, tmp_path: Path
-) -> None:
+def test_a_crew_that_cannot_be_is_refused(options: dict[str, int], text: str, folders: Folders, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=text):
         quantize_checkpoint(folders("llama"), tmp_path / "out", "int8", **options)
     assert os.listdir(tmp_path) == []
