@@ -91,7 +91,7 @@ class Group:
 
     def _merges(self) -> bool:
         """Whether the first thing that is done is to stack experts."""
-        operations = getattr(self.transform, "operations", ())
+        operations = list(getattr(self.transform, "operations", ()))
         return bool(operations) and type(operations[0]).__name__ == "MergeModulelist" and operations[0].dim == 0
 
     def _read(self, given: Input, dtype: torch.dtype | None, rows: tuple[int, int] | None = None) -> Tensor:
