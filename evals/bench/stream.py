@@ -2,8 +2,9 @@
 
 Writes a Llama with random weights into FOLDER, shard by shard, unless it is there; quantizes it in a process of its
 own; then measures what could not be done without: reading the same bytes from the disk, and the search alone, on
-tensors that lie in memory. The share is the time of these two over the time of the run. Peak memory is `VmHWM` of the
-process, mapped file pages included.
+tensors that lie in memory. The share is the time of these two over the time of the run; `cpu_share` is the search's
+processor time over that of the run, for machines on which others are at work. Both count the import of transformers
+against the run. Peak memory is `VmHWM` of the process, mapped file pages included.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def write_random(component: Component, shape: tuple[int, ...], seed: int) -> Non
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The run, and what it could not do without."""
-    out, arguments = options.folder.with_name(options.folder.name + "-quantized"), []
+    out = options.folder.with_name(options.folder.name + "-quantized")
     for file in options.folder.glob("*.safetensors"):
         drop(file)
     arguments = ["quantize", str(options.folder), "-o", str(out), "--recipe", options.recipe, "--overwrite"]
@@ -109,14 +110,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     found = json.loads(done.stdout.splitlines()[-1])
     shutil.rmtree(out)
     reading, size = read_alone(options.folder)
-    search = search_alone(options.folder, options.recipe)
-    share = (reading + search) / found["seconds"]
-    return found | {"read_seconds": reading, "read_bytes": size, "search_seconds": search, "share": share}
+    search, cpu = search_alone(options.folder, options.recipe)
+    return found | {
+        "read_seconds": reading,
+        "read_bytes": size,
+        "search_seconds": search,
+        "search_cpu_seconds": cpu,
+        "share": (reading + search) / found["seconds"],
+        "cpu_share": cpu / found["cpu_seconds"],
+    }
 
 
 def worker(arguments: list[str]) -> None:
-    """`llmquant` in this process; prints its peak memory and time, without the imports that any command has."""
+    """`llmquant` in this process; prints its peak memory, its time, and its processor time."""
     sys.argv = ["llmquant", *arguments]
+    imported = time.process_time()
     started = time.perf_counter()
     try:
         runpy.run_module("llmquant", run_name="__main__", alter_sys=True)
@@ -125,7 +133,12 @@ def worker(arguments: list[str]) -> None:
             raise
     lines = Path("/proc/self/status").read_text().splitlines()
     status = {line.split(":")[0]: line.split(":")[1].split()[0] for line in lines if line.startswith("Vm")}
-    print(json.dumps({"seconds": time.perf_counter() - started, "peak_bytes": int(status["VmHWM"]) * 1024}))
+    cpu = time.process_time() - imported
+    print(
+        json.dumps(
+            {"seconds": time.perf_counter() - started, "cpu_seconds": cpu, "peak_bytes": int(status["VmHWM"]) * 1024}
+        )
+    )
 
 
 def read_alone(folder: Path) -> tuple[float, int]:
@@ -141,25 +154,25 @@ def read_alone(folder: Path) -> tuple[float, int]:
     return time.perf_counter() - started, total
 
 
-def search_alone(folder: Path, recipe: str) -> float:
-    """Seconds that `quantize_weight` takes for all weights: each shape is timed once, on weights in memory."""
+def search_alone(folder: Path, recipe: str) -> tuple[float, float]:
+    """Seconds, and those of processors, that `quantize_weight` takes for all weights; each shape is timed once."""
     import transformers
 
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
-    timed: dict[Any, float] = {}
-    total = 0.0
+    timed: dict[Any, tuple[float, float]] = {}
+    wall = cpu = 0.0
     for candidate, config in make_plan(model, to_config(recipe)).chosen:
         kind = (candidate.shape, config)
         if kind not in timed:
             weight = torch.empty(candidate.shape, dtype=torch.bfloat16)
             for rows in weight.split(2048):
                 rows.copy_(torch.randn(rows.shape).mul_(0.02))
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             quantize_weight(weight, config)
-            timed[kind] = time.perf_counter() - started
-        total += timed[kind]
-    return total
+            timed[kind] = time.perf_counter() - started[0], time.process_time() - started[1]
+        wall, cpu = wall + timed[kind][0], cpu + timed[kind][1]
+    return wall, cpu
 
 
 def drop(path: Path) -> None:

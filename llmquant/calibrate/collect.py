@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmquant.calibrate.capture import Capture
@@ -156,7 +157,7 @@ def one_by_one(model: Any) -> Iterator[None]:
 
 def run(model: nn.Module, batch: Tensor | Mapping[str, Any]) -> int:
     """Shows the model one batch; returns how many tokens it has."""
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     if isinstance(batch, Tensor):
         model(batch.to(device))
         return batch.numel()

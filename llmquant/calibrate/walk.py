@@ -7,8 +7,8 @@ with: it runs with the blocks that are done replaced by what they gave, and is s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from llmquant.calibrate.collect import one_by_one, run
+from llmquant.calibrate.capture import Capture
+from llmquant.calibrate.collect import Calibration, one_by_one, run, wanted
+from llmquant.calibrate.observers import Observer
+from llmquant.calibrate.watch import Watch
+from llmquant.config.recipe import to_config
+from llmquant.primitives.stats import InputStats
+from llmquant.quantize import Progress, make_plan
 
 Batch = Tensor | Mapping[str, Any]
+
+
+Held = Callable[[str, Iterable[str]], AbstractContextManager[None]]
+"""Has the weights of a block, or those of some names, in memory while it is entered."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,45 @@ class Chain:
             yield
 
 
+def collect_by_blocks(
+    model: nn.Module,
+    config: Any,
+    batches: Sequence[Batch],
+    held: Held,
+    *,
+    imatrix: bool = False,
+    observer: str | Callable[[], Observer] = "minmax",
+    progress: Progress | None = None,
+) -> Calibration:
+    """What `collect_stats` collects, of a model of which a block is in memory at a time.
+
+    Args:
+        model: whose parameters may be on the meta device while nothing uses them.
+        held: called with the FQN of a block, or with "" and the names of weights outside of blocks.
+        config, batches, imatrix, observer, progress: as there.
+
+    Raises:
+        CalibrationError: as there.
+    """
+    asked = wanted(make_plan(model, to_config(config)), imatrix)
+    found: list[tuple[Mapping[str, InputStats], tuple[str, ...]]] = []
+    with walking(model):
+        chain = Chain(model, find_blocks(model, batches[0]), batches)
+        rest = [a for a in asked if not any(a.candidate.name.startswith(b.name + ".") for b in chain.blocks)]
+        parts = [(b.name, [a for a in asked if a.candidate.name.startswith(b.name + ".")]) for b in chain.blocks]
+        for done, (name, members) in enumerate([*parts, ("", rest)]):
+            with held(name, () if name else [a.candidate.name for a in rest]):
+                watch = Watch(model, members, observer)
+                with Capture(watch.watched):
+                    for index, _ in enumerate(chain.advance() if name else chain.finish()):
+                        if progress:
+                            progress(done * len(batches) + index, (len(parts) + 1) * len(batches), name)
+                found.append(watch.stats())
+    stats = {name: each for part, _ in found for name, each in part.items()}
+    ordered = {a.candidate.name: stats[a.candidate.name] for a in asked if a.candidate.name in stats}
+    return Calibration(ordered, tuple(text for _, texts in found for text in texts), _tokens(batches))
+
+
 @contextmanager
 def walking(model: Any) -> Iterator[None]:
     """Evaluation mode without gradients and caches, experts one by one; all of it as before afterwards."""
@@ -154,6 +203,11 @@ def _giving(module: nn.Module, output: Any) -> Iterator[None]:
 class _Reached(Exception):
     def __init__(self, call: Call) -> None:
         self.call = call
+
+
+def _tokens(batches: Iterable[Batch]) -> int:
+    ids = [batch if isinstance(batch, Tensor) else batch.get("input_ids") for batch in batches]
+    return sum(each.numel() for each in ids if each is not None)
 
 
 def _stop(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

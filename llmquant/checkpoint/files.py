@@ -1,4 +1,4 @@
-"""Files of a checkpoint: headers, shards, and folders that appear whole or not at all."""
+"""Files of a checkpoint: headers, and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import os
 import shutil
 import struct
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from llmquant.errors import CheckpointError, NoSpaceError, OutputExistsError
 
@@ -61,52 +59,6 @@ def read_header(path: Path) -> Header:
     if size != os.path.getsize(path):
         raise _damaged(path, f"it has {os.path.getsize(path)} bytes and should have {size}")
     return Header(metadata, tensors)
-
-
-class ShardWriter:
-    """Writes tensors into shards of a folder as they come, and the index at the end.
-
-    Args:
-        folder: an existing folder.
-        metadata: goes into the header of each shard.
-        max_shard_bytes: a shard is closed before it grows past this; it is also the memory that is held.
-    """
-
-    def __init__(self, folder: Path, metadata: Mapping[str, str], max_shard_bytes: int) -> None:
-        self.folder, self.metadata, self.max_shard_bytes = folder, dict(metadata), max_shard_bytes
-        self._held: dict[str, Tensor] = {}
-        self._shards: list[list[str]] = []
-        self.total_bytes = 0
-
-    def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Adds tensors that belong together; they land in one shard."""
-        size = sum(t.nbytes for t in tensors.values())
-        if self._held and sum(t.nbytes for t in self._held.values()) + size > self.max_shard_bytes:
-            self._flush()
-        self._held.update({key: t.contiguous() for key, t in tensors.items()})
-        self.total_bytes += size
-
-    def close(self) -> None:
-        """Writes the last shard, gives all their final names and writes the index if there are several."""
-        self._flush()
-        count, weight_map = len(self._shards), {}
-        for number, keys in enumerate(self._shards, 1):
-            name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            os.replace(self.folder / f"shard-{number}.tmp", self.folder / name)
-            weight_map.update(dict.fromkeys(keys, name))
-        if count > 1:
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
-
-    def _flush(self) -> None:
-        if not self._held:
-            return
-        self._shards.append(list(self._held))
-        with no_space_errors(self.folder):
-            path = self.folder / f"shard-{len(self._shards)}.tmp"
-            save_file(self._held, path, metadata=self.metadata)
-            make_readable(path)
-        self._held = {}
 
 
 @contextlib.contextmanager

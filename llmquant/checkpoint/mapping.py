@@ -80,8 +80,8 @@ class Group:
         if self._merges():
             patterns = [i.pattern for i in self.inputs]
             return all(patterns.count(p) == count for p in patterns) and all(map(_keeps_first, operations[1:]))
-        first = self.inputs[0].stored.shape[:1]
-        return len(self.inputs) == 1 and bool(first) and first[0] % count == 0 and all(map(_keeps_first, operations))
+        rows = [*self.inputs[0].stored.shape, 1][0]
+        return len(self.inputs) == 1 and rows % count == 0 and all(map(_keeps_first, operations))
 
     def _stays(self) -> bool:
         """Whether a tensor is only turned where its shape asks for it, and this one's does not; a part's would."""
@@ -91,7 +91,7 @@ class Group:
 
     def _merges(self) -> bool:
         """Whether the first thing that is done is to stack experts."""
-        operations = getattr(self.transform, "operations", ())
+        operations = list(getattr(self.transform, "operations", ()))
         return bool(operations) and type(operations[0]).__name__ == "MergeModulelist" and operations[0].dim == 0
 
     def _read(self, given: Input, dtype: torch.dtype | None, rows: tuple[int, int] | None = None) -> Tensor:

@@ -14,10 +14,13 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from llmquant.checkpoint.files import check_target, no_space_errors, put_in_place
 from llmquant.checkpoint.journal import Journal
-from llmquant.checkpoint.shards import Component, Layout, ShardWriter
+from llmquant.checkpoint.shards import Component, InFile, Layout, ShardWriter, Spec
 from llmquant.errors import LlmQuantError, NoSpaceError, OutputExistsError, UnfinishedRunError
 
 COMMIT_SECONDS = 1.0
@@ -44,7 +47,7 @@ class Output:
     def __init__(self, folder: Path, layouts: Iterable[Layout], journal: Journal) -> None:
         self.folder, self.journal = folder, journal
         self.writer = ShardWriter(folder, list(layouts))
-        self._pending: dict[str, dict[str, str]] = {}
+        self._pending: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
         self._committed = time.monotonic()
         for name in [n for n in journal.finished if not self._intact(n)]:
@@ -58,10 +61,19 @@ class Output:
         """A tensor that is to be written."""
         return self.writer.component(key)
 
-    def finish(self, name: str, digests: Mapping[str, str]) -> None:
-        """Notes that tensors are written: `digests` gives the sha256 of each by key."""
+    def write(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Writes whole tensors; gives the sha256 of each by key."""
+        digests = {}
+        for key, tensor in tensors.items():
+            component = self.component(key)
+            component.write(tensor)
+            digests[key] = component.finish()
+        return digests
+
+    def finish(self, name: str, digests: Mapping[str, str], note: Any = None) -> None:
+        """Notes that tensors are written, with the sha256 of each by key, and what else is to be known of them."""
         with self._lock:
-            self._pending[name] = dict(digests)
+            self._pending[name] = {"sha256": dict(digests), "note": note}
             if time.monotonic() - self._committed >= COMMIT_SECONDS:
                 self._commit()
 
@@ -72,17 +84,27 @@ class Output:
 
     def digests(self) -> dict[str, str]:
         """Key -> sha256 of every tensor that is finished."""
-        return {key: found for each in self.journal.finished.values() for key, found in sorted(each.items())}
+        return {key: found for each in self.journal.finished.values() for key, found in each["sha256"].items()}
+
+    def note(self, name: str) -> Any:
+        """What was noted of something that is finished."""
+        return (self._pending.get(name) or self.journal.finished[name])["note"]
+
+    def read(self, key: str, spec: Spec) -> Tensor:
+        """A tensor that is written."""
+        place = self.writer.places[key]
+        return InFile(self.folder / place.file, key, *spec, place.begin).read()
 
     def _commit(self) -> None:
         if self._pending:
-            self.writer.sync(self.writer.places[key].file for keys in self._pending.values() for key in keys)
+            keys = (key for each in self._pending.values() for key in each["sha256"])
+            self.writer.sync(self.writer.places[key].file for key in keys)
             self.journal.add(self._pending)
             self._pending = {}
         self._committed = time.monotonic()
 
     def _intact(self, name: str) -> bool:
-        digests = self.journal.finished[name]
+        digests = self.journal.finished[name]["sha256"]
         places = self.writer.places
         return all(key in places and self.writer.digest(key) == found for key, found in digests.items())
 

@@ -130,7 +130,7 @@ def stored_in(path: Path) -> dict[str, InFile]:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, which are written to where it is contiguous."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).cast("B")
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def forget(file: int, begin: int, count: int) -> None:
@@ -143,11 +143,11 @@ def forget(file: int, begin: int, count: int) -> None:
 
 
 class Place(NamedTuple):
-    """Where a tensor lies: the name of its file, its first byte in it, and how many there are."""
+    """Where a tensor lies: the name of its file, its first byte in it, and how many bytes there are."""
 
     file: str
     begin: int
-    count: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def shard_name(index: int, count: int) -> str:
 def index_json(layouts: Sequence[Layout]) -> str:
     """The index of several shards."""
     weight_map = {key: layout.name for layout in layouts for key in layout.places}
-    total = sum(place.count for layout in layouts for place in layout.places.values())
+    total = sum(place.size for layout in layouts for place in layout.places.values())
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
 
 
@@ -217,6 +217,20 @@ def _dtype_name(key: str, dtype: torch.dtype) -> str:
     if dtype not in _NAMES:
         raise CheckpointError(f"safetensors files have no tensors of {dtype}", where=key)
     return _NAMES[dtype]
+
+
+def write_shards(
+    folder: Path, units: Sequence[Mapping[str, Tensor]], metadata: Mapping[str, str], max_shard_bytes: int
+) -> list[Layout]:
+    """Writes tensors that lie in memory into shards of an existing folder; those of a unit land in one shard."""
+    specs = [{key: (t.dtype, tuple(t.shape)) for key, t in unit.items()} for unit in units]
+    layouts = lay_out(specs, metadata, max_shard_bytes)
+    writer = ShardWriter(folder, layouts)
+    for unit in units:
+        for key, tensor in unit.items():
+            writer.component(key).write(tensor)
+    writer.finish()
+    return layouts
 
 
 class ShardWriter:
@@ -246,11 +260,11 @@ class ShardWriter:
         found, place = hashlib.sha256(), self.places[key]
         with (self.folder / place.file).open("rb", buffering=0) as file:
             file.seek(place.begin)
-            rest = place.count
+            rest = place.size
             while rest and (block := file.read(min(rest, _PANEL_BYTES))):
                 found.update(block)
                 rest -= len(block)
-            forget(file.fileno(), place.begin, place.count)
+            forget(file.fileno(), place.begin, place.size)
         return found.hexdigest()
 
     def sync(self, files: Iterable[str]) -> None:
@@ -288,7 +302,7 @@ class Component:
     def write(self, piece: Tensor) -> None:
         """Writes the next piece."""
         view = as_bytes(piece)
-        assert self._done + len(view) <= self._place.count, "a component is larger than it was laid out"
+        assert self._done + len(view) <= self._place.size, "a component is larger than it was laid out"
         with _opened(self._path) as file:
             done = 0
             while done < len(view):
@@ -298,7 +312,7 @@ class Component:
 
     def finish(self) -> str:
         """The sha256 of the whole tensor, in hex."""
-        assert self._done == self._place.count, "a component is smaller than it was laid out"
+        assert self._done == self._place.size, "a component is smaller than it was laid out"
         return self._digest.hexdigest()
 
 

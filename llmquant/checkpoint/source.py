@@ -251,8 +251,10 @@ def _indexed_files(index: Path) -> list[str]:
         raise CheckpointError(f"cannot read the index of the shards: {error!r}", where=str(index)) from error
 
 
-def build_skeleton(folder: Path, config: dict[str, Any], dtype: torch.dtype, *, trusted: bool = False) -> nn.Module:
-    """The model of a config on the meta device; code beside the config runs only if it is trusted.
+def build_skeleton(
+    folder: Path, config: dict[str, Any], dtype: torch.dtype, device: str = "meta", *, trusted: bool = False
+) -> nn.Module:
+    """The model of a config, by default on the meta device; code beside the config runs only if it is trusted.
 
     Raises:
         ModelNotFoundError: for what transformers does not know.
@@ -264,7 +266,7 @@ def build_skeleton(folder: Path, config: dict[str, Any], dtype: torch.dtype, *, 
     try:
         parsed = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
         cls = getattr(transformers, names[0], None) if names else None
-        with torch.device("meta"):
+        with torch.device(device):
             if cls is None:
                 return transformers.AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=trusted)
             return cls._from_config(parsed, dtype=dtype)

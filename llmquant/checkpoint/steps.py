@@ -88,7 +88,7 @@ def plan_steps(source: Source, plan: Plan) -> Work:
     """What is written for every tensor of a checkpoint. Raises `CheckpointError` as `Source.groups`."""
     chosen = {c.name: (c, config) for c, config in plan.chosen}
     canonical = dict(getattr(source.skeleton, "all_tied_weights_keys", {}))
-    dtype_of = _dtypes(source)
+    dtype_of = dtypes(source)
     steps: dict[str, Step] = {}
     twins = []
     for group in source.groups():
@@ -181,7 +181,7 @@ def _fingerprint(step: Step) -> bytes:
     return digest.digest()
 
 
-def _dtypes(source: Source) -> Callable[[str, torch.dtype], torch.dtype]:
+def dtypes(source: Source) -> Callable[[str, torch.dtype], torch.dtype]:
     """FQN and dtype in the file -> the dtype transformers gives it: the model's, but for what it keeps in float32."""
     if source.raw:
         return lambda fqn, found: found

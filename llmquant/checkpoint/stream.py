@@ -192,10 +192,11 @@ class Job:
             bytes_after=sum(step.bytes_after for step in steps),
         )
 
-    def tasks(self, out: Output, telling: Telling) -> list[Task]:
-        """What is left to do for an output."""
-        left = []
-        for step in self.work.steps:
+    def tasks(self, out: Output, telling: Telling | None = None, steps: Sequence[Step] | None = None) -> list[Task]:
+        """What is left to do for an output, by default of all steps."""
+        steps, left = self.work.steps if steps is None else steps, []
+        telling = telling or Telling(None, steps)
+        for step in steps:
             if out.has(step.fqn):
                 telling.ended(step)
             else:
@@ -232,6 +233,7 @@ class Job:
 
     def write_rest(self, out: Output) -> None:
         """config.json with the manifest, and whatever else lies beside the weights."""
+        out.commit()
         config = {k: v for k, v in self.source.config.items() if k != "torch_dtype"}
         config |= {"dtype": str(self.source.dtype).removeprefix("torch."), "quantization_config": self.manifest}
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"

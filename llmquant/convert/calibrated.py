@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmquant.checkpoint.crew import ALONE, Crew
+from llmquant.checkpoint.crew import ALONE, Crew, work_through
 from llmquant.checkpoint.origin import Origin
 from llmquant.convert.listener import Listener, Silent
 from llmquant.errors import CalibrationError, ConfigError
@@ -116,38 +117,55 @@ class Calibrating:
     def by_blocks(
         self, output: Path, overwrite: bool, max_shard_bytes: int, crew: Crew, ignore_memory: bool
     ) -> QuantizationReport:
-        """Quantizes block by block while the model reads the text; finished blocks are kept beside the output."""
-        from llmquant.checkpoint.save import save
-        from llmquant.tune.sequential import DEFAULT_TOKENS, quantize_with_data_
+        """Quantizes block by block while the model reads the text; one block is in memory, the rest on the disk."""
+        from llmquant.checkpoint.lazy import LazyModel
+        from llmquant.checkpoint.output import unfinished
+        from llmquant.checkpoint.steps import check_twins
+        from llmquant.checkpoint.stream import Job
+        from llmquant.convert.written import Written
+        from llmquant.tune.journal import fingerprint
+        from llmquant.tune.sequential import DEFAULT_STEPS, DEFAULT_TOKENS, quantize_by_blocks
 
+        started = time.perf_counter()
         windows, importance = self._windows(DEFAULT_TOKENS), self._importance()
-        model = self.source.load()
-        with self.listener.bar("Quantizing") as progress:
-            report = quantize_with_data_(
-                model,
-                self.config,
-                windows,
+        words = [fingerprint([self._observer, DEFAULT_STEPS], [windows])]
+        job = Job(self.source, self.config, self.plan, max_shard_bytes, importance, words)
+        check_twins(job.work.twins, str(self.source.folder))
+        job.needs(output, crew).check(output, ignore_memory=ignore_memory)
+        with unfinished(output, job.key, job.layouts, overwrite) as out, self.listener.bar("Quantizing") as progress:
+            lazy, batches = LazyModel(self.source), list(windows.split(1))
+            report = quantize_by_blocks(
+                *(lazy.model, self.config, batches, Written(job, out), lazy.held),
                 imatrix=importance,
                 observer=self._observer,
-                journal=output.with_name(output.name + ".partial"),
                 progress=progress,
             )
+            lazy.drop()
+            work_through(job.tasks(out, steps=[s for s in job.work.steps if s.chosen is None]), crew)
+            job.write_rest(out)
         self._say(int(windows.numel()))
-        extras = self.source.extras()
-        save(model, output, overwrite=overwrite, extras=extras, max_shard_size=max_shard_bytes)
+        planned = job.report()
+        report.bytes_before, report.bytes_after = planned.bytes_before, planned.bytes_after
+        report.seconds = time.perf_counter() - started
         return report
 
     def stats(self) -> Mapping[str, InputStats]:
         """What the plain model's weights meet: ranges for static activations, mean squares for importance."""
-        from llmquant.calibrate.collect import collect_stats
+        from llmquant.calibrate.walk import collect_by_blocks
         from llmquant.calibrate.watch import weighed
+        from llmquant.checkpoint.lazy import LazyModel
 
         importance = self._importance()
         if not self.plan.calibrated:
             return importance
         windows = self._windows(FEW_TOKENS)
         with self.listener.bar("Calibrating") as progress:
-            found = collect_stats(self.source.load(), self.config, windows, observer=self._observer, progress=progress)
+            lazy = LazyModel(self.source)
+            found = collect_by_blocks(
+                *(lazy.model, self.config, list(windows.split(1)), lazy.held),
+                observer=self._observer,
+                progress=progress,
+            )
         self._warn(found.warnings)
         self._say(found.tokens)
         return weighed(found, importance)
@@ -158,8 +176,9 @@ class Calibrating:
 
     def _importance(self) -> dict[str, InputStats]:
         """The importance of columns: from the file, or gathered and written to it."""
-        from llmquant.calibrate.collect import collect_stats
         from llmquant.calibrate.imatrix import load_imatrix, save_imatrix
+        from llmquant.calibrate.walk import collect_by_blocks
+        from llmquant.checkpoint.lazy import LazyModel
 
         if self.imatrix is None:
             return {}
@@ -167,7 +186,10 @@ class Calibrating:
             return load_imatrix(self.imatrix, self.plan)
         windows = self._windows(FEW_TOKENS)
         with self.listener.bar("Importance") as progress:
-            found = collect_stats(self.source.load(), self._plain(), windows, imatrix=True, progress=progress)
+            lazy = LazyModel(self.source)
+            found = collect_by_blocks(
+                *(lazy.model, self._plain(), list(windows.split(1)), lazy.held), imatrix=True, progress=progress
+            )
         self._warn(found.warnings)
         about = {"text": self.reading.text or "builtin", "tokens": str(found.tokens), "seed": str(self.reading.seed)}
         save_imatrix(found, self.imatrix, about)

@@ -85,17 +85,23 @@ class InPlace:
     """A model on its way to being quantized, one weight after another, with a report of all.
 
     Attributes:
-        plan: what is to be done. All checks that need no statistics are made before the first weight changes.
+        plan: what is to be done. All checks that need no statistics are made before the first weight changes, but for
+            those of values without `check`: where weights are not in memory yet, each is checked as it is quantized.
         report: what was done so far.
     """
 
     def __init__(
-        self, model: nn.Module, config: Any, filter_fn: Callable[[nn.Module, str], bool] | None = None
+        self,
+        model: nn.Module,
+        config: Any,
+        filter_fn: Callable[[nn.Module, str], bool] | None = None,
+        *,
+        check: bool = True,
     ) -> None:
         self._started = time.perf_counter()
         self._model, self._config = model, to_config(config)
         self.plan = make_plan(model, self._config, filter_fn)
-        for candidate, chosen in self.plan.chosen:
+        for candidate, chosen in self.plan.chosen if check else []:
             check_weight(model.get_parameter(candidate.name), chosen, candidate.name)
         self.report = QuantizationReport(
             skipped=self.plan.skipped(model),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,10 +15,11 @@ from llmquant.algorithms import Codes
 from llmquant.calibrate.capture import Capture
 from llmquant.calibrate.collect import Batches, as_batches, collect_stats, wanted
 from llmquant.calibrate.observers import Observer
-from llmquant.calibrate.walk import Batch, Block, Chain, find_blocks, walking
+from llmquant.calibrate.walk import Batch, Block, Chain, Held, find_blocks, walking
 from llmquant.calibrate.watch import HESSIAN, Watch, weighed
 from llmquant.config.base import QuantConfig
 from llmquant.config.candidates import Candidate
+from llmquant.config.fqn import FqnToConfig
 from llmquant.config.recipe import to_config, to_pairs
 from llmquant.formats import get_format
 from llmquant.measure.text import BUILTIN
@@ -25,7 +27,7 @@ from llmquant.primitives.stats import InputStats
 from llmquant.quantize import InPlace, Plan, Progress, QuantizationReport, make_plan, quantize_
 from llmquant.quantize.model import put_parameter
 from llmquant.quantize.plan import MODEL, needed_stats
-from llmquant.tune.journal import Journal, fingerprint
+from llmquant.tune.journal import Folder, Nothing, Parts, fingerprint
 from llmquant.tune.signround import Learnable, learn_block
 
 DEFAULT_TOKENS, DEFAULT_STEPS = 65_536, 50
@@ -61,7 +63,7 @@ def quantize_with_data_(
         observer: what finds the range of inputs for static activations, as for `collect_stats`.
         steps: of signround, for each block.
         journal: a folder for finished blocks. The same run, interrupted, goes on behind them and ends with equal bits;
-            afterwards the folder is gone. None keeps nothing.
+            afterwards the folder is gone. None keeps nothing. That of another run is refused (`UnfinishedRunError`).
         progress: called with steps done, steps in all, and what is at work.
         **windows: `tokens` (default 65536), `context` and `seed` of `calibration_windows`.
 
@@ -88,12 +90,57 @@ def quantize_with_data_(
         return report
     work = InPlace(model, resolved, filter_fn)
     run = _Sequential(model, work, batches, imatrix, observer, steps, progress)
-    kept = Journal(Path(journal) if journal else None, run.fingerprint(to_pairs(resolved)))
-    with _restored_on_error(model, work):
-        run(kept)
-        report = work.finish()
-    kept.remove()
-    return report
+    with _kept(journal, lambda: run.fingerprint(to_pairs(resolved))) as parts, _restored_on_error(model, work):
+        run(parts)
+        return work.finish()
+
+
+@contextmanager
+def _kept(folder: str | Path | None, key: Callable[[], str]) -> Iterator[Parts]:
+    """Where finished parts are kept; what is there is removed when the block ends well."""
+    if folder is None:
+        yield Nothing()
+        return
+    parts = Folder(Path(folder), key())
+    try:
+        yield parts
+    except BaseException:
+        parts.close()
+        raise
+    parts.remove()
+
+
+def quantize_by_blocks(
+    model: nn.Module,
+    config: FqnToConfig,
+    batches: Sequence[Batch],
+    parts: Parts,
+    held: Held,
+    *,
+    imatrix: Mapping[str, InputStats] = MappingProxyType({}),
+    observer: str | Callable[[], Observer] = "minmax",
+    steps: int = DEFAULT_STEPS,
+    progress: Progress | None = None,
+) -> QuantizationReport:
+    """Quantizes a model of which a block is in memory at a time, as `quantize_with_data_` does.
+
+    Args:
+        model: whose parameters may be on the meta device while nothing uses them.
+        parts: what becomes of finished blocks.
+        held: called with the FQN of a block, or with "" and the names of weights outside of blocks; has them in memory
+            while what it gives is entered.
+        config, batches, imatrix, observer, steps, progress: as there.
+
+    Returns:
+        The report without sizes. In the end the model is on the meta device; its weights are where `parts` has them.
+
+    Raises:
+        CalibrationError, BadWeightError: as there.
+    """
+    work = InPlace(model, config, check=False)
+    run = _Sequential(model, work, batches, imatrix, observer, steps, progress, held)
+    run(parts)
+    return work.report
 
 
 def runs_by_blocks(plan: Plan) -> bool:
@@ -102,6 +149,10 @@ def runs_by_blocks(plan: Plan) -> bool:
 
 
 Members = Sequence[tuple[Candidate, QuantConfig]]
+
+
+def _all_there(block: str, names: Iterable[str]) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 class _Sequential:
@@ -116,6 +167,7 @@ class _Sequential:
         observer: str | Callable[[], Observer],
         learning_steps: int,
         progress: Progress | None,
+        held: Held = _all_there,
     ) -> None:
         self.model, self.work, self.batches, self.observer = model, work, batches, observer
         self.given = imatrix if isinstance(imatrix, Mapping) else {}
@@ -123,6 +175,7 @@ class _Sequential:
         self.learning_steps = learning_steps
         self.learns = any(MODEL in needed_stats(config) for _, config in work.plan.chosen)
         self.progress, self.steps, self.total = progress, 0, 0
+        self.held = held
 
     def fingerprint(self, config: Any) -> str:
         """What two runs must share to end with equal bits."""
@@ -132,18 +185,20 @@ class _Sequential:
         plain = [t for t in tensors if isinstance(t, Tensor)]
         return fingerprint(words, [*given, *plain, *self.model.parameters()])
 
-    def __call__(self, journal: Journal) -> None:
+    def __call__(self, journal: Parts) -> None:
         """Quantizes every block, then what lies outside of them."""
         with walking(self.model):
             blocks = find_blocks(self.model, self.batches[0])
             quantized, plain = (Chain(self.model, blocks, self.batches) for _ in range(2))
             self.total = len(blocks) * (2 * len(self.batches) + self._steps_of_a_block()) + len(self.batches)
             for block in blocks:
-                targets = list(self._run(plain.advance(), block.name)) if self.learns else []
-                self._part(block.name, self._members(block), _Passes(quantized, block, targets), journal)
-                self._spend(self._run(quantized.advance(), block.name))
+                with self.held(block.name, ()):
+                    targets = list(self._run(plain.advance(), block.name)) if self.learns else []
+                    self._part(block.name, self._members(block), _Passes(quantized, block, targets), journal)
+                    self._spend(self._run(quantized.advance(), block.name))
             rest = [(c, _not_learned(q)) for c, q in self.work.plan.chosen if c.name not in self.work.report.quantized]
-            self._part("", rest, _Passes(quantized, None, []), journal)
+            with self.held("", [candidate.name for candidate, _ in rest]):
+                self._part("", rest, _Passes(quantized, None, []), journal)
 
     def _members(self, block: Block) -> Members:
         return [(c, q) for c, q in self.work.plan.chosen if c.name.startswith(block.name + ".")]
@@ -151,7 +206,7 @@ class _Sequential:
     def _steps_of_a_block(self) -> int:
         return len(self.batches) + self.learning_steps if self.learns else 0
 
-    def _part(self, name: str, members: Members, passes: _Passes, journal: Journal) -> None:
+    def _part(self, name: str, members: Members, passes: _Passes, journal: Parts) -> None:
         """Quantizes the weights of one block, or takes them as an interrupted run left them."""
         start = self.steps
         found = journal.load(name)

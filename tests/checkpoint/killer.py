@@ -41,6 +41,8 @@ class Killer:
         if event == "open":
             if not inside or not int(arguments[2]) & (os.O_WRONLY | os.O_RDWR):
                 return
+            if path.endswith(".safetensors") and os.path.exists(path):
+                return  # a tensor goes to its place in it: see `halved`
             self.torn(path)
         elif not inside and arguments[-1] in (None, -1):  # with a folder's descriptor the path is relative
             return
@@ -72,6 +74,27 @@ class Killer:
 
         return wrapped
 
+    def halved(self, pwrite: Any) -> Any:
+        """A tensor that is cut in the middle."""
+
+        def wrapped(file: int, content: Any, place: int) -> int:
+            half = len(content) // 2
+            pwrite(file, content[:half], place)
+            self.moment(f"half of {place}")
+            pwrite(file, content[half:], place + half)
+            return len(content)
+
+        return wrapped
+
+    def behind(self, fsync: Any) -> Any:
+        """Behind the moment at which something is on the disk."""
+
+        def wrapped(file: int) -> None:
+            fsync(file)
+            self.moment("after fsync")
+
+        return wrapped
+
 
 def act(action: dict[str, Any], out: Path) -> None:
     """What is to be killed."""
@@ -97,13 +120,14 @@ def child(action: dict[str, Any], folder: Path, step: int) -> None:
     """One attempt. Does not return."""
     import transformers.modeling_utils
 
-    from llmquant.checkpoint import files
+    from llmquant.checkpoint import output
 
     for stream in (1, 2):
         os.dup2(os.open(f"{folder}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
     killer = Killer(folder, step)
-    for module, name in ((files, "save_file"), (transformers.modeling_utils, "safe_save_file")):
-        setattr(module, name, killer.wrap(getattr(module, name)))
+    transformers.modeling_utils.safe_save_file = killer.wrap(transformers.modeling_utils.safe_save_file)
+    os.pwrite, os.fsync = killer.halved(os.pwrite), killer.behind(os.fsync)
+    output.COMMIT_SECONDS = 0.0
     sys.addaudithook(killer.audit)
     try:
         act(action, folder / "out")

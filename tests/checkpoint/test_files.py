@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import resource
 import struct
@@ -16,19 +15,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import disk, raw
 from safetensors.torch import save_file
 
 from llmquant.checkpoint import files
 from llmquant.checkpoint.files import (
     DTYPES,
-    ShardWriter,
     check_space,
     check_target,
     new_folder,
     no_space_errors,
     read_header,
 )
+from llmquant.checkpoint.shards import write_shards
 from llmquant.errors import CheckpointError, LlmQuantError, NoSpaceError, OutputExistsError
 
 # ---------------------------------------------------------------------------------- headers
@@ -105,61 +103,6 @@ def test_a_damaged_header_gives_an_answer_or_a_checkpoint_error(
         assert set(read_header(path).tensors) is not None
     except CheckpointError as error:
         assert "damaged.safetensors" in str(error)
-
-
-# ---------------------------------------------------------------------------------- shards
-
-TENSORS = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3), min_size=1, max_size=8)
-
-
-@settings(max_examples=60)
-@given(sizes=TENSORS, limit=st.integers(1, 120))
-def test_shards_hold_every_tensor_once_and_no_more_than_they_may(
-    sizes: list[list[int]], limit: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path_factory.mktemp("shards")
-    writer = ShardWriter(folder, {"format": "pt", "who": "me"}, limit)
-    groups = [
-        {f"{i}.{j}": torch.full((size,), i * 10 + j, dtype=torch.uint8) for j, size in enumerate(group)}
-        for i, group in enumerate(sizes)
-    ]
-    for group in groups:
-        writer.add(group)
-    writer.close()
-    everything = {key: raw(t) for group in groups for key, t in group.items()}
-    assert disk(folder) == everything
-    assert writer.total_bytes == sum(map(sum, sizes))
-    found = {path.name: set(read_header(path).tensors) for path in folder.glob("*.safetensors")}
-    for keys in found.values():
-        together = [set(group) for group in groups if set(group) & keys]
-        assert all(group <= keys for group in together)  # a weight's components stay together
-        assert len(together) == 1 or sum(len(everything[key][2]) for key in keys) <= limit
-    assert all(read_header(path).metadata == {"format": "pt", "who": "me"} for path in folder.glob("*.safetensors"))
-    if len(found) == 1:
-        assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors"]
-    else:
-        count = len(found)
-        assert set(found) == {f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)}
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
-        assert index["weight_map"] == {key: name for name, keys in found.items() for key in keys}
-        assert index["metadata"]["total_size"] == writer.total_bytes
-        assert len(list(folder.iterdir())) == count + 1
-
-
-def test_views_are_written_as_they_look(tmp_path: Path) -> None:
-    base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
-    writer = ShardWriter(tmp_path, {}, 10**6)
-    writer.add({"t": base.t(), "part": base[:, 1:3], "base": base})
-    writer.close()
-    assert disk(tmp_path) == {"t": raw(base.t()), "part": raw(base[:, 1:3]), "base": raw(base)}
-
-
-def test_shards_have_the_permissions_of_other_new_files(tmp_path: Path) -> None:
-    (tmp_path / "plain").touch()
-    writer = ShardWriter(tmp_path, {}, 10**6)
-    writer.add({"a": torch.zeros(1)})
-    writer.close()
-    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 # ---------------------------------------------------------------------------------- folders
@@ -351,15 +294,14 @@ if libc.mount(b"tmpfs", sys.argv[1].encode(), b"tmpfs", 0, b"size=256k"):
 import shutil, torch
 from pathlib import Path
 from llmquant.checkpoint import files
-from llmquant.checkpoint.files import ShardWriter, new_folder
+from llmquant.checkpoint.files import new_folder
+from llmquant.checkpoint.shards import write_shards
 from llmquant.errors import NoSpaceError
 target = Path(sys.argv[1]) / "out"
 try:
     with new_folder(target) as draft:
-        writer = ShardWriter(draft, {}, 50_000)
-        for i in range(20):
-            writer.add({str(i): torch.ones(40_000, dtype=torch.uint8)})
-        writer.close()
+        units = [{str(i): torch.ones(40_000, dtype=torch.uint8)} for i in range(20)]
+        write_shards(draft, units, {}, 50_000)
 except NoSpaceError as error:
     print(error)
     assert os.listdir(sys.argv[1]) == [], os.listdir(sys.argv[1])
@@ -396,9 +338,7 @@ def test_a_write_that_fails_halfway_leaves_nothing(tmp_path: Path) -> None:
 
     def write() -> None:
         with new_folder(tmp_path / "out") as draft:
-            writer = ShardWriter(draft, {}, 10**9)
-            writer.add({"a": torch.zeros(100_000, dtype=torch.uint8)})
-            writer.close()
+            write_shards(draft, [{"a": torch.zeros(100_000, dtype=torch.uint8)}], {}, 10**9)
 
     with pytest.raises(Exception, match=r"File too large|os error 27"):
         limited(write, 20_000)

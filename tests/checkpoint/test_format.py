@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from models import CONFIGS, Folders, load, raw
 from torch import Tensor
 
-from llmquant.checkpoint.files import ShardWriter, read_header
+from llmquant.checkpoint.files import read_header
 from llmquant.checkpoint.manifest import new_manifest, shard_metadata, verify
+from llmquant.checkpoint.shards import write_shards
 from llmquant.checkpoint.state import assemble, components, describe
 from llmquant.config.base import WeightOnlyConfig
 from llmquant.formats import FORMATS
@@ -43,11 +44,8 @@ def write(folder: Path, weights: Mapping[str, QuantizedTensor], plain: Mapping[s
     """A checkpoint of these weights."""
     folder.mkdir(exist_ok=True)
     manifest = new_manifest([], {fqn: describe(weight) for fqn, weight in weights.items()})
-    writer = ShardWriter(folder, shard_metadata(manifest), shard)
-    for fqn, weight in weights.items():
-        writer.add(components(fqn, weight))
-    writer.add(plain)
-    writer.close()
+    units = [components(fqn, weight) for fqn, weight in weights.items()]
+    write_shards(folder, [*units, plain], shard_metadata(manifest), shard)
     (folder / "config.json").write_text(json.dumps({"quantization_config": manifest}))
 
 

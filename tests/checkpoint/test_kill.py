@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import Bytes, Folders, assert_same, build, disk, load, manifest, rtn, state, weights
+from models import Bytes, Folders, build, disk, load, manifest, rtn, state, weights
 from safetensors import SafetensorError
 
 from llmquant import quantize_
@@ -68,9 +68,20 @@ def test_a_killed_command_leaves_no_folder_or_a_complete_one(do: str, folders: F
     assert sorted(os.listdir(attempts[-1])) == ["out"]
     if do == "save":
         assert wanted == disk(source)
-    else:
-        quantize_checkpoint(source, tmp_path / "wanted", rtn("int4-g32"))
-        assert_same(wanted, disk(tmp_path / "wanted"))
+        return
+    quantize_checkpoint(source, tmp_path / "wanted", rtn("int4-g32"), max_shard_bytes=20_000)
+    files = everything(tmp_path / "wanted")
+    assert everything(attempts[-1] / "out") == files
+    for folder in attempts:  # and each is gone on with
+        if not (folder / "out").exists():
+            quantize_checkpoint(source, folder / "out", rtn("int4-g32"), max_shard_bytes=20_000)
+            assert os.listdir(folder) == ["out"]
+        assert everything(folder / "out") == files, folder
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.slow
@@ -90,7 +101,7 @@ def test_with_overwrite_the_old_folder_stays_until_the_new_one_is_there(
         if (folder / "out").exists():
             seen[what_lies(folder / "out", **candidates)] += 1
         else:  # between the two renames: both are there, complete, under their temporary names
-            (aside,), (draft,) = folder.glob(".out.old-*"), folder.glob(".out.draft-*")
+            (aside,), (draft,) = folder.glob(".out.old-*"), (*folder.glob(".out.draft-*"), *folder.glob("*/draft"))
             assert what_lies(aside, **candidates) == "old" and what_lies(draft, **candidates) == "new"
             seen["aside"] += 1
     assert set(seen) == {"old", "new", "aside"} and seen["aside"] == 1
@@ -100,32 +111,31 @@ def test_with_overwrite_the_old_folder_stays_until_the_new_one_is_there(
 PAUSE = """
 import sys
 def pause(event, arguments):
-    if event == "os.rename" and "MARK" in str(arguments[1]):
+    if event == "EVENT" and "MARK" in str(arguments[event == "os.rename"]):
         print("ready", flush=True)
         sys.stdin.read()
 sys.addaudithook(pause)
 """
 
 
-@pytest.mark.parametrize("mark", ["model-00002-of", "/out"])
-def test_the_command_itself_killed_from_outside(mark: str, folders: Folders, tmp_path: Path) -> None:
-    """`python -m llmquant quantize`, stopped at a rename and killed there; then run again over what it left."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(PAUSE.replace("MARK", mark))
+@pytest.mark.parametrize(
+    ("event", "mark"), [("open", "model-00002-of"), ("open", "config.json"), ("os.rename", "/out")]
+)
+def test_the_command_itself_killed_from_outside(event: str, mark: str, folders: Folders, tmp_path: Path) -> None:
+    """`python -m llmquant quantize`, stopped at a moment and killed there; then run again over what it left."""
     work = tmp_path / "work"
-    command = [
-        sys.executable,
-        "-m",
-        "llmquant",
-        "quantize",
-        str(folders("llama-tied")),
-        "-o",
-        str(work / "out"),
-        *OPTIONS,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path / "site")}
+    mark = str(work) if mark == "/out" else f"{work}/out.partial/draft/{mark}"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(PAUSE.replace("EVENT", event).replace("MARK", mark))
+    command = [sys.executable, "-m", "llmquant", "quantize", str(folders("llama-tied")), "-o", str(work / "out")]
+    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [*command, *OPTIONS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )
     try:
         assert process.stdout is not None
@@ -134,9 +144,11 @@ def test_the_command_itself_killed_from_outside(mark: str, folders: Folders, tmp
         process.kill()
         process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert not (work / "out").exists() and list(work.glob(".out.draft-*"))
-    quantize_checkpoint(folders("llama-tied"), work / "out", rtn("int4-g32"))
-    assert inspect_checkpoint(work / "out").totals()["quantized_weights"] == 14
+    assert os.listdir(work) == ["out.partial"]
+    for out in (work / "out", work / "straight"):
+        quantize_checkpoint(folders("llama-tied"), out, rtn("int4-g32"), max_shard_bytes=20_000)
+    assert everything(work / "out") == everything(work / "straight")
+    assert sorted(os.listdir(work)) == ["out", "straight"]
 
 
 # ---------------------------------------------------------------------------------- plain save_pretrained

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import assert_same, disk, raw
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llmquant.checkpoint import shards
 from llmquant.checkpoint.files import DTYPES, read_header
-from llmquant.checkpoint.shards import InMemory, Layout, ShardWriter, index_json, lay_out, stored_in
+from llmquant.checkpoint.shards import InMemory, Layout, ShardWriter, index_json, lay_out, stored_in, write_shards
 from llmquant.errors import CheckpointError
 
 
@@ -144,3 +146,48 @@ def test_a_file_that_ends_too_early_or_lies_is_named(tmp_path: Path) -> None:
 def test_a_dtype_without_a_name_in_safetensors_is_refused() -> None:
     with pytest.raises(CheckpointError, match="complex64"):
         lay_out([{"w": (torch.complex64, (2,))}], {}, 10**9)
+
+
+TENSORS = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3), min_size=1, max_size=8)
+
+
+@settings(max_examples=60)
+@given(sizes=TENSORS, limit=st.integers(1, 120))
+def test_shards_hold_every_tensor_once_and_no_more_than_they_may(
+    sizes: list[list[int]], limit: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    groups = [
+        {f"{i}.{j}": torch.full((size,), i * 10 + j, dtype=torch.uint8) for j, size in enumerate(group)}
+        for i, group in enumerate(sizes)
+    ]
+    write_shards(folder, groups, {"format": "pt", "who": "me"}, limit)
+    everything = {key: raw(t) for group in groups for key, t in group.items()}
+    assert disk(folder) == everything
+    found = {path.name: set(read_header(path).tensors) for path in folder.glob("*.safetensors")}
+    for keys in found.values():
+        together = [set(group) for group in groups if set(group) & keys]
+        assert all(group <= keys for group in together)  # a weight's components stay together
+        assert len(together) == 1 or sum(len(everything[key][2]) for key in keys) <= limit
+    assert all(read_header(path).metadata == {"format": "pt", "who": "me"} for path in folder.glob("*.safetensors"))
+    if len(found) == 1:
+        assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors"]
+    else:
+        count = len(found)
+        assert set(found) == {f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)}
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert index["weight_map"] == {key: name for name, keys in found.items() for key in keys}
+        assert index["metadata"]["total_size"] == sum(map(sum, sizes))
+        assert len(list(folder.iterdir())) == count + 1
+
+
+def test_views_are_written_as_they_look(tmp_path: Path) -> None:
+    base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    write_shards(tmp_path, [{"t": base.t(), "part": base[:, 1:3], "base": base}], {}, 10**6)
+    assert disk(tmp_path) == {"t": raw(base.t()), "part": raw(base[:, 1:3]), "base": raw(base)}
+
+
+def test_shards_have_the_permissions_of_other_new_files(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    write_shards(tmp_path, [{"a": torch.zeros(1)}], {}, 10**6)
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

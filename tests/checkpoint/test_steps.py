@@ -14,7 +14,8 @@ from llmquant.checkpoint.steps import Step, pieces, plan_steps
 from llmquant.config.recipe import to_config
 from llmquant.quantize import make_plan
 
-EXPERTS = "mixtral gpt-oss qwen3-moe deepseek-v3 glm4-moe llama4 dbrx inkling longcat jetmoe qwen3-vl-moe".split()
+EXPERTS = ["mixtral", "gpt-oss", "qwen3-moe", "deepseek-v3", "glm4-moe", "llama4", "dbrx", "inkling", "longcat"]
+EXPERTS += ["jetmoe", "qwen3-vl-moe"]
 
 
 def steps_of(folder: Any, scheme: Any = "int8") -> list[Step]:

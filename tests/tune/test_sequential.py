@@ -14,7 +14,7 @@ from llmquant.calibrate.collect import collect_stats
 from llmquant.calibrate.watch import weighed
 from llmquant.config.fqn import FqnToConfig
 from llmquant.config.recipe import to_config, with_algorithm
-from llmquant.errors import CalibrationError, ConfigError
+from llmquant.errors import CalibrationError, ConfigError, UnfinishedRunError
 from llmquant.quantize import QuantizationReport, quantize_, quantize_weight
 from llmquant.tensor import QuantizedTensor
 from llmquant.tune.sequential import quantize_with_data_
@@ -197,15 +197,29 @@ def _noting(done: list[Any]) -> Any:
 @pytest.mark.parametrize("change", ["tokens", "config", "weight"])
 def test_another_run_does_not_go_on_where_this_one_ended(change: str, folders: Folders, tmp_path: Path) -> None:
     model, straight = load(folders("llama")), load(folders("llama"))
+    run(straight)
     with pytest.raises(Interrupted):
         run(model, journal=tmp_path / "journal", progress=StopAt(40))
+    other = load(folders("llama"))
     ids = some_tokens().flip(0) if change == "tokens" else some_tokens()
     config = with_algorithm(to_config("int4-g32"), "gptq") if change == "config" else GPTQ
     if change == "weight":
-        for one in (model, straight):
-            one.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
-    quantize_with_data_(model, config, ids, journal=tmp_path / "journal")
-    quantize_with_data_(straight, config, ids)
+        other.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    with pytest.raises(UnfinishedRunError, match="another"):
+        quantize_with_data_(other, config, ids, journal=tmp_path / "journal")
+    assert not weights(other)
+    run(model, journal=tmp_path / "journal")  # nothing of it was lost
+    assert_equal_weights(model, straight)
+
+
+def test_a_part_that_was_damaged_is_done_again(folders: Folders, tmp_path: Path) -> None:
+    model, straight = load(folders("llama")), load(folders("llama"))
+    run(straight)
+    with pytest.raises(Interrupted):
+        run(model, journal=tmp_path / "journal", progress=StopAt(40))
+    part, *_ = (tmp_path / "journal").glob("*.pt")
+    part.write_bytes(part.read_bytes()[:-100])
+    run(model, journal=tmp_path / "journal")
     assert_equal_weights(model, straight)
 
 
