@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
+from llmquant.cli.progress import lines, terminal_bar
+from llmquant.cli.progress import size as size
 from llmquant.convert.listener import Bar as Report
 from llmquant.errors import LlmQuantError
 
@@ -19,8 +21,6 @@ errors = Console(stderr=True)
 
 def progress_bar(title: str) -> AbstractContextManager[Report]:
     """Progress on stderr, driven by calls with done, total and what is at work: a bar, or lines in a log."""
-    from llmquant.cli.progress import lines, terminal_bar
-
     return terminal_bar(title, errors) if errors.is_terminal else lines(title, errors)
 
 
@@ -51,17 +51,6 @@ def write_json(content: Any, path: Path) -> None:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise LlmQuantError(f"cannot write the JSON file: {error.strerror}", where=str(path)) from error
-
-
-def size(count: float | None) -> str:
-    """Bytes for people: 1.23 MB (powers of ten)."""
-    if count is None:
-        return "-"
-    for unit in ("B", "kB", "MB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def shape_name(shape: Iterable[int]) -> str:

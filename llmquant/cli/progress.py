@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from llmquant.convert.listener import Bar
-from llmquant.quantize import Item
 
 LEAST_SECONDS, LEAST_SHARE = 10.0, 0.1
 """A line is printed after so long, and sooner only after such a part of the work."""
@@ -41,15 +40,26 @@ class Rate:
 
 def describe(done: int, total: int, item: str, rate: Rate) -> str:
     """`34%  1.20 GB of 3.40 GB, 80 of 291 tensors, 120.0 MB/s, 18 s left`; without bytes where steps have none."""
-    from llmquant.cli.console import size
-
     speed, left = rate.at(done, total)
+    from llmquant.quantize import Item
+
     parts = []
     if isinstance(item, Item):
         parts += [f"{size(done)} of {size(total)}", f"{item.tensors_done} of {item.tensors} tensors"]
         parts += [f"{size(speed)}/s"] if speed else []
     parts += [f"{duration(left)} left"] if left is not None and done < total else []
     return f"{100 * done / total if total else 0:.0f}%  {', '.join(parts)}".rstrip()
+
+
+def size(count: float | None) -> str:
+    """Bytes for people: 1.23 MB (powers of ten)."""
+    if count is None:
+        return "-"
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
 
 
 def duration(seconds: float) -> str:
