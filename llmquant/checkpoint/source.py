@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from llmquant.checkpoint.files import read_header
-from llmquant.errors import AlreadyQuantizedError, CheckpointError, ConfigError, ModelNotFoundError
+from llmquant.checkpoint.config_file import read_config
+from llmquant.checkpoint.header import read_header
+from llmquant.checkpoint.index import INDEX, SINGLE, check_inside, check_shards, read_index
+from llmquant.errors import AlreadyQuantizedError, CheckpointError, ConfigError, ModelNotFoundError, PickleError
 
-_SAFE_INDEX, _BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 
@@ -47,7 +47,7 @@ class Source:
     def load(self) -> Any:
         """The plain model. Its weights are mapped from the files: memory is taken by those that are used or changed."""
         kind: Any = type(self.skeleton)
-        return kind.from_pretrained(self.folder, dtype=self.dtype)
+        return kind.from_pretrained(self.folder, dtype=self.dtype, use_safetensors=True)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """FQN and value of every tensor of the model, one at a time.
@@ -116,7 +116,7 @@ class Source:
         """Key -> a function that reads it."""
         readers: dict[str, Callable[[], Tensor]] = {}
         for path in self.files:
-            readers |= _safetensors_readers(path) if path.suffix == ".safetensors" else _bin_readers(path)
+            readers |= _safetensors_readers(path)
         return readers
 
 
@@ -135,6 +135,7 @@ def open_source(model: str | Path, dtype: torch.dtype | None = None) -> Source:
             f"the model is quantized already (by {method})", where=str(folder), hint="start from the 16-bit model"
         )
     files = weight_files(folder)
+    check_shards(folder, files)
     dtype = dtype or _own_dtype(folder, config, files)
     return Source(folder, config, dtype, build_skeleton(folder, config, dtype), files)
 
@@ -142,7 +143,10 @@ def open_source(model: str | Path, dtype: torch.dtype | None = None) -> Source:
 def extras(folder: Path) -> list[Path]:
     """The files of a checkpoint that a copy needs beside weights: tokenizer, generation config, licence, code."""
     found = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
-    return [p for p in found if p.name != "config.json" and not p.name.endswith(_WEIGHT_FILES)]
+    kept = [p for p in found if p.name != "config.json" and not p.name.endswith(_WEIGHT_FILES)]
+    for path in kept:
+        check_inside(folder, path)  # a copy of what a link leads to would give it away
+    return kept
 
 
 def locate(model: str | Path) -> Path:
@@ -168,57 +172,48 @@ def locate(model: str | Path) -> Path:
         ) from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises `ModelNotFoundError` where there is none to read."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(
-            "the folder holds no Hugging Face model: config.json is missing or no JSON", where=str(folder)
-        ) from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ModelNotFoundError("config.json names no model_type", where=str(folder))
-    return config
-
-
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The files that hold a model's weights. Raises `ModelNotFoundError` for none, `CheckpointError` for lost ones."""
-    for single, index in (("model.safetensors", _SAFE_INDEX), ("pytorch_model.bin", _BIN_INDEX)):
-        if (folder / single).is_file():
-            return (folder / single,)
-        if (folder / index).is_file():
-            names = _indexed_files(folder / index)
-            lost = [name for name in names if not (folder / name).is_file()]
-            if lost:
-                raise CheckpointError(
-                    "shards are missing", where=f"{folder}: {', '.join(lost)}", hint="copy them again"
-                )
-            return tuple(folder / name for name in names)
-    raise ModelNotFoundError("the folder holds no model.safetensors (nor pytorch_model.bin)", where=str(folder))
+    """The safetensors files that hold a model's weights.
+
+    Raises:
+        ModelNotFoundError: for none.
+        PickleError: where there are only pickles.
+        CheckpointError: for an index that cannot be read, and for files that are lost or lie elsewhere.
+    """
+    if (folder / SINGLE).is_file():
+        check_inside(folder, folder / SINGLE)
+        return (folder / SINGLE,)
+    if (folder / INDEX).is_file():
+        return tuple(folder / name for name in sorted(set(read_index(folder / INDEX).values()), key=Path))
+    refuse_pickles(folder)
+    raise ModelNotFoundError(f"the folder holds no {SINGLE}", where=str(folder))
 
 
-def _indexed_files(index: Path) -> list[str]:
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return sorted(names, key=Path)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"cannot read the index of the shards: {error!r}", where=str(index)) from error
+def refuse_pickles(folder: Path) -> None:
+    """Raises `PickleError` for a folder with pickles and no safetensors."""
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise PickleError(
+            "the weights are pickles, which can run code when they are read; only safetensors are read",
+            where=f"{folder}: {', '.join(pickles[:3])}",
+            hint="if you trust their origin, write them anew: AutoModelForCausalLM.from_pretrained(FOLDER)"
+            ".save_pretrained(OTHER) of transformers; for a model of the hub, see whether it has safetensors",
+        )
 
 
 def build_skeleton(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
     """The model of a config on the meta device. Raises `ModelNotFoundError` for what transformers does not know."""
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
 
     names = config.get("architectures") or []
     try:
-        parsed = transformers.AutoConfig.from_pretrained(folder)
+        parsed = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         cls = getattr(transformers, names[0], None) if names else None
         with torch.device("meta"):
             if cls is None:
                 return transformers.AutoModelForCausalLM.from_config(parsed, dtype=dtype)
             return cls._from_config(parsed, dtype=dtype)
-    except (ValueError, KeyError, ImportError, AttributeError, TypeError, StrictDataclassError) as error:
+    except Exception as error:  # configs are checked by each model's code, which raises what it likes
         raise ModelNotFoundError(
             f"transformers {transformers.__version__} cannot build a {config.get('model_type')!r} model: {error}",
             where=str(folder),
@@ -249,10 +244,7 @@ def _own_dtype(folder: Path, config: dict[str, Any], files: tuple[Path, ...]) ->
 
 
 def _dtypes(path: Path) -> Iterator[torch.dtype | None]:
-    if path.suffix == ".safetensors":
-        yield from (dtype for dtype, _ in read_header(path).tensors.values())
-    else:
-        yield from (read().dtype for read in _bin_readers(path).values())
+    yield from (dtype for dtype, _ in read_header(path).tensors.values())
 
 
 def _safetensors_readers(path: Path) -> dict[str, Callable[[], Tensor]]:
@@ -267,15 +259,3 @@ def _safetensors_readers(path: Path) -> dict[str, Callable[[], Tensor]]:
         return read
 
     return {key: reader(key) for key in header.tensors}
-
-
-def _bin_readers(path: Path) -> dict[str, Callable[[], Tensor]]:
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"cannot read the file: {error}", where=str(path)) from error
-    return {key: partial(_given, tensor) for key, tensor in state.items()}
-
-
-def _given(tensor: Tensor) -> Tensor:
-    return tensor

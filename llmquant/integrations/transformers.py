@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmquant.checkpoint.manifest import METHOD, check_version, new_manifest, shard_metadata, verify
+from llmquant.checkpoint.source import refuse_pickles
 from llmquant.checkpoint.state import assemble, component_key, expected, state_dict
 from llmquant.config import recipe
 from llmquant.config.base import QuantConfig
@@ -370,10 +371,19 @@ AFTER_QUANTIZE.append(attach)
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained(path, **kwargs)`, with llmquant registered."""
+    """`AutoModelForCausalLM.from_pretrained(path, **kwargs)`, with llmquant registered.
+
+    Of a checkpoint nothing is executed unless it is asked for (`trust_remote_code=True`, `use_safetensors=False`).
+
+    Raises:
+        PickleError: where the weights are pickles.
+        ValueError: of transformers, for a model that only its own code could build.
+    """
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    if Path(path).is_dir() and kwargs.get("use_safetensors") is not False:
+        refuse_pickles(Path(path))
+    return AutoModelForCausalLM.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -381,7 +391,7 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelNotFoundError(
             f"no tokenizer can be loaded: {error}", where=str(path), hint="copy the original's tokenizer files there"

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from models import CONFIGS, Folders, load, raw
 from torch import Tensor
 
-from llmquant.checkpoint.files import ShardWriter, read_header
+from llmquant.checkpoint.files import ShardWriter
+from llmquant.checkpoint.header import read_header
 from llmquant.checkpoint.manifest import new_manifest, shard_metadata, verify
 from llmquant.checkpoint.state import assemble, components, describe
 from llmquant.config.base import WeightOnlyConfig

@@ -76,7 +76,7 @@ def test_equals_quantizing_in_memory(family: str, dtype: torch.dtype, folders: F
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "mixtral"])
-@pytest.mark.parametrize("shape", [Shape.sharded, Shape.bin, Shape.sharded_bin])
+@pytest.mark.parametrize("shape", [Shape.sharded])
 def test_equals_it_however_the_source_lies(family: str, shape: Shape, folders: Folders, tmp_path: Path) -> None:
     source = shape.make(folders(family), tmp_path / "source")
     assert_equal(*both(source, tmp_path, CONFIGS[family]))
