@@ -1,9 +1,9 @@
 """JSON and YAML of unknown origin. What they say is checked where it is used; here, what reading them may cost.
 
-Before a parser builds anything, the file is known to be a regular one within a size, to nest no deeper than `DEEPEST`, and
-to hold no more values than `ROOM` bytes of Python objects. A key that stands twice is refused: two programs could read
-two things. YAML is plain data (`yaml.SafeLoader`) without tags, anchors and aliases: these can say a billion values in a
-few lines.
+Before a parser builds anything, the file is known to be a regular one within a size, to nest no deeper than `DEEPEST`,
+and to hold no more values than `ROOM` bytes of Python objects. A key that stands twice is refused: two programs could
+read two things. YAML is plain data (`yaml.SafeLoader`) without tags, anchors and aliases, which can say a billion values
+in a few lines.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def parse_yaml(raw: bytes) -> Any:
 
 
 def read_bytes(path: str | Path, largest: int) -> bytes:
-    """A regular file of at most so many bytes. Raises `DocumentError`: a pipe would be waited for, a device never end."""
+    """A regular file of at most so many bytes: a pipe would be waited for, a device never end. Raises `DocumentError`."""
     try:
         check_regular(path)
         with open(path, "rb") as file:

@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmquant.checkpoint.checksums import checksum
 from llmquant.checkpoint.header import DTYPES, Header, read_header
 from llmquant.errors import NoSpaceError, OutputExistsError
 
@@ -34,6 +35,7 @@ class ShardWriter:
         self._held: dict[str, Tensor] = {}
         self._shards: list[list[str]] = []
         self.total_bytes = 0
+        self.checksums: dict[str, str] = {}
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Adds tensors that belong together; they land in one shard."""
@@ -41,6 +43,7 @@ class ShardWriter:
         if self._held and sum(t.nbytes for t in self._held.values()) + size > self.max_shard_bytes:
             self._flush()
         self._held.update({key: t.contiguous() for key, t in tensors.items()})
+        self.checksums.update({key: checksum(t) for key, t in tensors.items()})
         self.total_bytes += size
 
     def close(self) -> None:

@@ -62,8 +62,9 @@ def check_version(manifest: Mapping[str, Any], where: str) -> None:
     """Raises `CheckpointError` for a manifest that this version cannot read."""
     version = manifest.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
+        own = f"llmquant {llmquant.__version__} reads {FORMAT_VERSION}"
         raise CheckpointError(
-            f"the checkpoint has format version {version!r:.100}, llmquant {llmquant.__version__} reads {FORMAT_VERSION}",
+            f"the checkpoint has format version {version!r:.100}, {own}",
             where=where,
             hint="pip install --upgrade llmquant",
         )

@@ -13,11 +13,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from llmquant.checkpoint.checksums import FILE as CHECKSUMS
 from llmquant.checkpoint.config_file import read_config
 from llmquant.checkpoint.header import read_header
 from llmquant.checkpoint.index import INDEX, SINGLE, check_inside, check_shards, read_index
 from llmquant.errors import AlreadyQuantizedError, CheckpointError, ConfigError, ModelNotFoundError, PickleError
 
+_OWN = ("config.json", CHECKSUMS)  # what a copy gets anew
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
@@ -143,7 +145,7 @@ def open_source(model: str | Path, dtype: torch.dtype | None = None) -> Source:
 def extras(folder: Path) -> list[Path]:
     """The files of a checkpoint that a copy needs beside weights: tokenizer, generation config, licence, code."""
     found = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
-    kept = [p for p in found if p.name != "config.json" and not p.name.endswith(_WEIGHT_FILES)]
+    kept = [p for p in found if p.name not in _OWN and not p.name.endswith(_WEIGHT_FILES)]
     for path in kept:
         check_inside(folder, path)  # a copy of what a link leads to would give it away
     return kept

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmquant.checkpoint.checksums import in_file, write_checksums
 from llmquant.checkpoint.files import ShardWriter, check_space, check_target, new_folder, no_space_errors
 from llmquant.checkpoint.manifest import new_manifest, shard_metadata
 from llmquant.checkpoint.source import Source, open_source
@@ -70,7 +71,7 @@ def quantize_checkpoint(
     source = open_source(model, dtype)
     plan = make_plan(source.skeleton, resolved)
     check_stats(plan, stats)
-    manifest = new_manifest(recipe.to_pairs(resolved), _entries(plan))
+    manifest = new_manifest(recipe.to_pairs(resolved), _entries(plan), in_file())
     check_space(target, _output_bytes(source, manifest["weights"]))
     report = QuantizationReport(skipped=plan.skipped(source.skeleton), warnings=plan.resolution.warnings)
     with new_folder(target, overwrite) as draft:
@@ -78,6 +79,7 @@ def quantize_checkpoint(
         for tensors in _converted(source, plan, stats or {}, report, progress):
             writer.add(tensors)
         writer.close()
+        write_checksums(draft, writer.checksums)
         _write_rest(source, manifest, draft)
     report.bytes_after = writer.total_bytes
     report.seconds = time.perf_counter() - started

@@ -13,6 +13,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from llmquant.checkpoint.checksums import checksum, in_manifest
 from llmquant.checkpoint.manifest import METHOD, check_version, new_manifest, shard_metadata, verify
 from llmquant.checkpoint.source import refuse_pickles
 from llmquant.checkpoint.state import assemble, component_key, expected, state_dict
@@ -72,9 +73,9 @@ class LlmQuantConfig(QuantizationConfigMixin):
         """The manifest's entries, by FQN; empty before a model is saved."""
         return self.manifest.get("weights", {})
 
-    def renew(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+    def renew(self, entries: Mapping[str, Any], checksums: Mapping[str, Any]) -> dict[str, Any]:
         """A manifest of these weights with a new save id; it becomes what `to_dict` gives."""
-        self.manifest = new_manifest(self.config or [], entries)
+        self.manifest = new_manifest(self.config or [], entries, checksums)
         return self.manifest
 
     def __deepcopy__(self, memo: Any) -> LlmQuantConfig:
@@ -232,7 +233,7 @@ class LlmQuantizer(HfQuantizer):
         """Plain tensors under the model's own names, and what binds each shard to config.json."""
         sharding.refuse_to_save(model)
         tensors, entries = state_dict(model)
-        manifest = self.quantization_config.renew(entries)
+        manifest = self.quantization_config.renew(entries, in_manifest(_checksums(model, tensors)))
         model.config.quantization_config = self.quantization_config
         model._weight_conversions = []
         return tensors, shard_metadata(manifest)
@@ -341,6 +342,16 @@ def _fqn(name: str, model: Any, entries: Mapping[str, Any]) -> str:
         return name
     prefix = f"{model.base_model_prefix}."
     return prefix + name if prefix + name in entries else name.removeprefix(prefix)
+
+
+def _checksums(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Those of the tensors that `save_pretrained` writes: names that are tied to another it leaves out.
+
+    Offloaded tensors, which are not in memory, go without.
+    """
+    tied, ignored = getattr(model, "all_tied_weights_keys", {}), getattr(model, "_keys_to_ignore_on_save", None) or ()
+    left = {key for key, other in tied.items() if other in tensors} | set(ignored)
+    return {key: checksum(t) for key, t in tensors.items() if key not in left and isinstance(t, Tensor) and not t.is_meta}
 
 
 def _spec(candidate: Candidate, config: QuantConfig) -> QuantSpec:

@@ -1,4 +1,4 @@
-"""Headers of safetensors files: what the safetensors library writes is read, and every way to be wrong has its words."""
+"""Headers of safetensors files: what the safetensors library writes is read, and every way to be wrong has a name."""
 
 from __future__ import annotations
 

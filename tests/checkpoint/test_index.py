@@ -140,6 +140,6 @@ def test_a_tensor_in_two_shards(quantized: bool, folder: Path, folders: Folders,
     key, name = next(iter(json.loads((folder / INDEX).read_text())["weight_map"].items()))
     other = next(path for path in weight_files(folder) if path.name != name)
     rewrite(other, lambda tensors: tensors.update({key: torch.zeros(1)}))
-    with pytest.raises(IndexFileError, match="and in|does not hold") as error:
+    with pytest.raises(IndexFileError, match=r"and in|does not hold") as error:
         inspect_checkpoint(folder) if quantized else open_source(folder)
     assert key in str(error.value) and name in str(error.value) and other.name in str(error.value)

@@ -152,7 +152,7 @@ def test_code_beside_the_weights_is_not_run(folders: Folders, tmp_path: Path) ->
     classes = {"AutoConfig": "trap.Config", "AutoModelForCausalLM": "trap.Model"}
     edit_json(folder / "config.json", lambda c: c.update(auto_map=classes, model_type="trapped", architectures=["X"]))
     for function in (open_source, llmquant.load):
-        with pytest.raises(ValueError, match="trapped|code"):
+        with pytest.raises(ValueError, match=r"trapped|code"):
             function(folder)
     assert not (tmp_path / "sprung").exists()
 
