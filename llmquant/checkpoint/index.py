@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_SHARDS = 10_000
 
 
-def read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path, shards_may_be_missing: bool = False) -> dict[str, str]:
     """Tensor -> file, as an index says; every file lies in the index's folder.
 
     Raises:
-        IndexFileError: for what is no index, and for shards that are not there.
+        IndexFileError: for what is no index, and for shards that are not there unless that may be.
         UnsafePathError: for a file elsewhere.
     """
     try:
@@ -35,10 +35,10 @@ def read_index(path: Path) -> dict[str, str]:
     for name in names:
         check_name(name, str(path))
     lost = [name for name in names if not (path.parent / name).is_file()]
-    if lost:
+    if lost and not shards_may_be_missing:
         where = f"{path.parent}: {', '.join(lost[:5])}"
         raise IndexFileError("shards are missing", where=where, hint="copy them again")
-    for name in names:
+    for name in set(names) - set(lost):
         check_inside(path.parent, path.parent / name)
     return weights
 
@@ -59,21 +59,27 @@ def check_shards(folder: Path, files: Iterable[Path]) -> dict[Path, Header]:
 
 def check_placement(index: Mapping[str, str], headers: Mapping[Path, Header], where: Path) -> None:
     """Raises `IndexFileError` if a tensor is not in the shard that an index names, or lies in two."""
-    held = {path.name: header.tensors for path, header in headers.items()}
-    for key, name in index.items():
-        if key not in held.get(name, {}):
-            raise IndexFileError(f"{name} does not hold {key}, as the index says", where=str(where))
-    check_once(headers)
+    for _, what in misplaced(index, headers):
+        raise IndexFileError(what, where=str(where))
 
 
 def check_once(headers: Mapping[Path, Header]) -> None:
     """Raises `IndexFileError` if two files hold a tensor of one name."""
-    seen: dict[str, Path] = {}
-    for path, header in headers.items():
-        for key in header.tensors:
-            if key in seen:
-                raise IndexFileError(f"{key} is in {seen[key].name} and in {path.name}", where=str(path.parent))
-            seen[key] = path
+    if headers:
+        check_placement({}, headers, next(iter(headers)).parent)
+
+
+def misplaced(index: Mapping[str, str], headers: Mapping[Path, Header]) -> Iterator[tuple[str, str]]:
+    """Each tensor that is not in the shard that an index names, or lies in two, and what is the matter."""
+    held = {path.name: header.tensors for path, header in headers.items()}
+    for key, name in index.items():
+        if key not in held.get(name, {}):
+            yield key, f"{name} does not hold {key}, as the index says"
+    seen: dict[str, str] = {}
+    for name, tensors in held.items():
+        for key in tensors:
+            if seen.setdefault(key, name) != name:
+                yield key, f"{key} is in {seen[key]} and in {name}"
 
 
 def check_name(name: str, where: str) -> None:
