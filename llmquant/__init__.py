@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from llmquant.calibrate.imatrix import load_imatrix as load_imatrix
     from llmquant.calibrate.imatrix import save_imatrix as save_imatrix
     from llmquant.checkpoint.save import save as save
+    from llmquant.checkpoint.verify import VerifyReport as VerifyReport
+    from llmquant.checkpoint.verify import verify as verify
     from llmquant.config.base import DynamicActivationConfig as DynamicActivationConfig
     from llmquant.config.base import StaticActivationConfig as StaticActivationConfig
     from llmquant.config.base import WeightOnlyConfig as WeightOnlyConfig
@@ -109,6 +111,7 @@ _PUBLIC = {
     "llmquant.calibrate.data": ["calibration_windows"],
     "llmquant.calibrate.imatrix": ["load_imatrix", "save_imatrix"],
     "llmquant.checkpoint.save": ["save"],
+    "llmquant.checkpoint.verify": ["VerifyReport", "verify"],
     "llmquant.config.base": ["DynamicActivationConfig", "StaticActivationConfig", "WeightOnlyConfig"],
     "llmquant.config.fqn": ["FqnToConfig"],
     "llmquant.config.named": [

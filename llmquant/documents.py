@@ -67,10 +67,10 @@ def read_bytes(path: str | Path, largest: int) -> bytes:
         check_regular(path)
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            raw = file.read(largest + 1) if size <= largest else b""
+            raw = file.read(size) if size <= largest else b""  # a read sets aside all that it is asked for
     except OSError as error:
         raise DocumentError(f"cannot be read: {error.strerror}") from error
-    if max(size, len(raw)) > largest:
+    if size > largest:
         raise DocumentError(f"too large: {size:,} bytes, where {largest:,} is the most")
     return raw
 

@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of every reader: `python evals/robustness/fuzz.py [READER ...] --seconds 1800` (`make fuzz`).
 
-Needs `atheris` (extra `fuzz`). Inputs that reach new code are collected in `build/fuzz/READER`; with `--keep` the fewest
-of them that reach as much are put into the corpus, which the ordinary tests replay. An input that is a defect (an
+Needs `atheris` (extra `fuzz`). Inputs that reach new code are collected in `build/fuzz/READER`; with `--keep` they
+are put into the corpus, which the ordinary tests replay. An input that is a defect (an
 exception that is no `LlmQuantError`, more than a second of processor time, more memory than its size and 64 MB) stops
 the reader's run and is written to `build/fuzz/READER-crash-...`.
 """
@@ -25,6 +25,7 @@ MODULES = ["llmquant.checkpoint", "llmquant.documents", "llmquant.config", "llmq
 MODULES += ["llmquant.calibrate.imatrix", "llmquant.measure.reference_file", "llmquant.report", "llmquant.foreign"]
 MODULES += ["llmquant.export", "llmquant.primitives.dynamic", "json.decoder", "yaml.constructor", "yaml.resolver"]
 SECOND, ROOM = 1.0, 64 << 20
+MOST_KEPT = 100
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("readers", nargs="*", help="names of readers; all by default")
     parser.add_argument("--seconds", type=int, default=1800, help="for each reader")
-    parser.add_argument("--keep", action="store_true", help="put the fewest inputs that reach as much into the corpus")
+    parser.add_argument("--keep", action="store_true", help="put what reached new code into the corpus")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     asked, flags = parser.parse_known_args()
     if asked.inside:
@@ -69,16 +70,14 @@ def _run(name: str, seconds: int, keep: bool) -> bool:
 
 
 def _keep(name: str, found: Path) -> None:
-    """Puts the fewest inputs that reach as much into the corpus."""
+    """Puts the inputs that reached new code into the corpus, the smallest of them where there are many."""
     from readers import CORPUS
 
-    with tempfile.TemporaryDirectory() as fewest:
-        _inside(name, ["-merge=1", fewest, str(found), "-rss_limit_mb=0"])
-        kept = sorted(Path(fewest).iterdir(), key=lambda path: path.stat().st_size)[:150]
-        shutil.rmtree(CORPUS / name, ignore_errors=True)
-        (CORPUS / name).mkdir(parents=True)
-        for path in kept:
-            shutil.copy(path, CORPUS / name / path.name[:16])
+    kept = sorted(found.iterdir(), key=lambda path: path.stat().st_size)[:MOST_KEPT]
+    shutil.rmtree(CORPUS / name, ignore_errors=True)
+    (CORPUS / name).mkdir(parents=True)
+    for path in kept:
+        shutil.copy(path, CORPUS / name / path.name[:16])
     print(f"{name}: {len(kept)} files kept", flush=True)
 
 
@@ -117,8 +116,7 @@ def _fuzz(name: str, flags: list[str]) -> None:
             if spent > SECOND or grown > len(data) + ROOM:
                 raise RuntimeError(f"{spent:.2f} s, {grown / 1e6:.0f} MB for {len(data):,} bytes")
 
-        merges = any(flag.startswith("-merge") for flag in flags)
-        atheris.Setup([sys.argv[0], *flags, *([] if merges else [str(begin), f"-dict={words}"])], one)
+        atheris.Setup([sys.argv[0], *flags, str(begin), f"-dict={words}"], one)
         atheris.Fuzz()
 
 

@@ -227,22 +227,16 @@ def _results(folder: Path) -> None:
 
 
 def _checkpoint(folder: Path) -> None:
-    from llmquant.checkpoint.verify import verify_checkpoint
+    from llmquant.checkpoint.verify import verify
+    from llmquant.errors import CheckpointError
 
-    verify_checkpoint(folder)
-
-
-def _lay_checkpoint(*left: str) -> Callable[[Path], None]:
-    def lay(folder: Path) -> None:
-        for name, content in _quantized().items():
-            if name not in left:
-                (folder / name).write_bytes(content)
-
-    return lay
+    if verify(folder).problems:
+        raise CheckpointError("something is wrong, and was named")
 
 
-def _shard() -> str:
-    return next(name for name in sorted(_quantized()) if name.startswith("model-00001"))
+def _lay_checkpoint(folder: Path) -> None:
+    for name, content in _quantized().items():
+        (folder / name).write_bytes(content)
 
 
 def _recipes() -> list[bytes]:
@@ -265,6 +259,7 @@ def _shards_beside(folder: Path) -> None:
         (folder / name).write_bytes(b"")
 
 
+_SHARD = "model-00001-of-00002.safetensors"
 _KEYS = (b'"dtype"', b'"shape"', b'"data_offsets"', b'"__metadata__"', b"[0,0]", b'"F32"', b'"F4"', b'"U8"', b"{}", b"[]")
 _FIELDS = tuple(f'"{key}"'.encode() for key in (*_ENTRY, "weights", "checksums", "activation", "tensors", "file"))
 _YAML = (b"llmquant_recipe: 1\n", b"weights:\n", b"  _default: int4-g64\n", b"&a", b"*a", b"!!", b"<<: ", b"- ", b"? ", b"{", b"[")
@@ -296,7 +291,9 @@ register(Reader("imatrix", "x", _imatrix, _imatrices, words=_KEYS))
 register(Reader("journal", "x", _part, _parts, words=_KEYS + _FIELDS))
 register(Reader("reference", "x", _reference, _references, words=_KEYS))
 register(Reader("results", "results.jsonl", _results, _lines, words=(b'"schema"', b'"label"', b"\n", b"NaN")))
-register(Reader("shard", "model-00001-of-00002.safetensors", _checkpoint, lambda: [_quantized()[_shard()]], words=_KEYS))
 register(
-    Reader("config", "config.json", _checkpoint, lambda: [_quantized()["config.json"]], _lay_checkpoint(), words=_FIELDS)
+    Reader("shard", _SHARD, _checkpoint, lambda: [_quantized()[_SHARD]], _lay_checkpoint, words=_KEYS + (b"__metadata__",))
+)
+register(
+    Reader("config", "config.json", _checkpoint, lambda: [_quantized()["config.json"]], _lay_checkpoint, words=_FIELDS)
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmquant.checkpoint.header import Header, read_header
+from llmquant.checkpoint.header import LONGEST_NAME, Header, read_header
 from llmquant.documents import read_json
 from llmquant.errors import CheckpointError, DocumentError, IndexFileError, UnsafePathError
 
@@ -34,9 +34,9 @@ def read_index(path: Path, shards_may_be_missing: bool = False) -> dict[str, str
         raise _unreadable(path, f"it names {len(names):,} files, and may name {MOST_SHARDS:,}")
     for name in names:
         check_name(name, str(path))
-    lost = [name for name in names if not (path.parent / name).is_file()]
+    lost = [name for name in names if not _is_file(path.parent / name)]
     if lost and not shards_may_be_missing:
-        where = f"{path.parent}: {', '.join(lost[:5])}"
+        where = f"{path.parent}: {', '.join(name[:200] for name in lost[:5])}"
         raise IndexFileError("shards are missing", where=where, hint="copy them again")
     for name in set(names) - set(lost):
         check_inside(path.parent, path.parent / name)
@@ -83,10 +83,17 @@ def misplaced(index: Mapping[str, str], headers: Mapping[Path, Header]) -> Itera
 
 
 def check_name(name: str, where: str) -> None:
-    """Raises `UnsafePathError` unless a name is that of a file, perhaps in a folder below."""
+    """Raises `UnsafePathError` unless a name can be that of a file in the folder, or in a folder below."""
     parts = name.replace("\\", "/").split("/")
-    if any(part in ("", ".", "..") for part in parts) or not name.isprintable() or ":" in parts[0]:
+    if len(name) > LONGEST_NAME or any(part in ("", ".", "..") for part in parts) or not name.isprintable() or ":" in parts[0]:
         raise UnsafePathError(f"{name!r:.200} does not lie in the checkpoint's folder", where=where)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for the system
+        return False
 
 
 def check_inside(folder: Path, path: Path) -> None:

@@ -18,7 +18,7 @@ from llmquant.checkpoint.config_file import read_config
 from llmquant.checkpoint.entries import check_entry, scale_dtype
 from llmquant.checkpoint.header import Header, read_header
 from llmquant.checkpoint.index import INDEX, SINGLE, check_inside, misplaced, read_index
-from llmquant.checkpoint.manifest import METHOD, check_component, check_save, promises
+from llmquant.checkpoint.manifest import METHOD, check_component, check_save, promises, shard_metadata
 from llmquant.checkpoint.source import locate, weight_files
 from llmquant.checkpoint.state import expected, logical_shape
 from llmquant.checkpoint.values import Check, check_of
@@ -82,7 +82,7 @@ class VerifyReport:
         self.problems.append(Problem(where, what))
 
 
-def verify_checkpoint(model: str | Path, progress: Progress | None = None) -> VerifyReport:
+def verify(model: str | Path, progress: Progress | None = None) -> VerifyReport:
     """Reads a whole checkpoint, quantized by llmquant or not, and names everything that is wrong.
 
     Headers must fit their files, every tensor lie where the index says, the shards belong to the save that config.json
@@ -148,6 +148,8 @@ def _check_manifest(
     for path, header in headers.items():
         with _noting(report, path.name):
             check_save(manifest, path, header)
+            if "save_id" not in manifest or not shard_metadata(manifest).items() <= header.metadata.items():
+                raise CheckpointError("its metadata are not those that a save writes")
     for key, component in promised.items():
         with _noting(report, key):
             check_component(key, component, present, headers)

@@ -39,7 +39,7 @@ def test_an_index_names_a_file_for_each_tensor(folder: Path) -> None:
         assert all(found[key] == path.name for key in header.tensors)
 
 
-OUTSIDE = ["../x.safetensors", "/etc/passwd", "a/../../x", "..", ".", "", "a//b", "a\\..\\..\\b", "C:\\x", "x\0", "x\n"]
+OUTSIDE = ["../x.safetensors", "/etc/passwd", "a/../../x", "..", ".", "", "a//b", "a\\..\\..\\b", "C:\\x", "x\0", "x\n", "x" * 1001]
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
@@ -96,6 +96,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a size that is a text": (lambda i: i.update(metadata={"total_size": "1"}), "total_size"),
     "a size that is true": (lambda i: i.update(metadata={"total_size": True}), "total_size"),
     "metadata that are a list": (lambda i: i.update(metadata=[]), "total_size"),
+    "a name too long for a file": (lambda i: i["weight_map"].update(x="x" * 300), "missing"),
     "a shard that is not there": (lambda i: i["weight_map"].update(x="lost.safetensors"), r"lost\.safetensors"),
     "too many files": (lambda i: i["weight_map"].update({str(n): str(n) for n in range(10_001)}), "10,000"),
 }
