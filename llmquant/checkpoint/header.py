@@ -176,7 +176,8 @@ def _metadata(value: bytes) -> dict[str, str]:
 
 def _tensor(name: str, value: bytes) -> tuple[tuple[torch.dtype | None, tuple[int, ...]], tuple[int, int]]:
     """((dtype, shape), (begin, end)), the place counted from the end of the header."""
-    described = json.loads(value, object_pairs_hook=unique) if len(value) <= _LONGEST_ENTRY else {}
+    plain = len(value) <= _LONGEST_ENTRY and value.count(b"[") <= 8  # two lists: nothing nests deep
+    described = json.loads(value, object_pairs_hook=unique) if plain else {}
     if described.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name!r} is not described by dtype, shape and data_offsets")
     kind, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
