@@ -2,8 +2,8 @@
 
 Before a parser builds anything, the file is known to be a regular one within a size, to nest no deeper than `DEEPEST`,
 and to hold no more values than `ROOM` bytes of Python objects. A key that stands twice is refused: two programs could
-read two things. YAML is plain data (`yaml.SafeLoader`) without tags, anchors and aliases, which can say a billion values
-in a few lines.
+read two things. YAML is plain data (`yaml.SafeLoader`) without tags, anchors and aliases: in a few lines these can say a
+billion values.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def parse_yaml(raw: bytes) -> Any:
 
 
 def read_bytes(path: str | Path, largest: int) -> bytes:
-    """A regular file of at most so many bytes: a pipe would be waited for, a device never end. Raises `DocumentError`."""
+    """A regular file of at most so many bytes. Raises `DocumentError`: pipes would be waited for, devices never end."""
     try:
         check_regular(path)
         with open(path, "rb") as file:

@@ -21,7 +21,13 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 BUILD = HERE.parents[1] / "build" / "fuzz"
-MODULES = ["llmquant.checkpoint", "llmquant.documents", "llmquant.config", "llmquant.study.spec", "llmquant.tune.journal"]
+MODULES = [
+    "llmquant.checkpoint",
+    "llmquant.documents",
+    "llmquant.config",
+    "llmquant.study.spec",
+    "llmquant.tune.journal",
+]
 MODULES += ["llmquant.calibrate.imatrix", "llmquant.measure.reference_file", "llmquant.report", "llmquant.foreign"]
 MODULES += ["llmquant.export", "llmquant.primitives.dynamic", "json.decoder", "yaml.constructor", "yaml.resolver"]
 SECOND, ROOM = 1.0, 64 << 20
@@ -61,7 +67,10 @@ def _run(name: str, seconds: int, keep: bool) -> bool:
     coverage = re.findall(r"cov: (\d+)", log)[-1:] or ["?"]
     verdict = "ok" if status == 0 else "DEFECT"
     files = len(list(found.iterdir()))
-    print(f"{name}: {verdict}, {time.time() - began:.0f} s, {told:,} inputs, coverage {coverage[0]}, {files} files", flush=True)
+    print(
+        f"{name}: {verdict}, {time.time() - began:.0f} s, {told:,} inputs, coverage {coverage[0]}, {files} files",
+        flush=True,
+    )
     if status:
         print(log[-6000:], flush=True)
     if keep and status == 0:

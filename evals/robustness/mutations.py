@@ -1,9 +1,10 @@
 """Mutated files for every reader: `python evals/robustness/mutations.py [READER ...] --files 100000`.
 
 Each file is a whole one, or one of the corpus, with some damage: bits, bytes, numbers and words changed, parts cut,
-doubled, swapped or moved from another file; of safetensors files half keep a right length of the header. Counted are the errors by name; defects are any other exception, more than a
-second of processor time, and more memory than the file's size and 64 MB. Memory that Python takes is asked of
-`tracemalloc` for a share of the files (it makes everything slow), and for all the process may not grow past the same.
+doubled, swapped or moved from another file; of safetensors files half keep a right length of the header. Counted are
+the errors by name; defects are any other exception, more than a second of processor time, and more memory than the
+file's size and 64 MB. Memory that Python takes is asked of `tracemalloc` for a share of the files (it makes everything
+slow), and for all of them the process may not grow past the same.
 """
 
 from __future__ import annotations
@@ -23,11 +24,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from readers import READERS, Reader, kept, run  # noqa: E402
+from readers import READERS, Reader, kept, run
 
 ROOM, SECOND = 64 << 20, 1.0
 TRACED = 20  # one file in so many
-_NUMBERS = (b"0", b"-1", b"1", b"255", b"4096", b"4294967296", b"9223372036854775807", b"18446744073709551616", b"1e9", b"0.5")
+_NUMBERS = (
+    b"0",
+    b"-1",
+    b"1",
+    b"255",
+    b"4096",
+    b"4294967296",
+    b"9223372036854775807",
+    b"18446744073709551616",
+    b"1e9",
+    b"0.5",
+)
 Mutation = Callable[[bytearray, random.Random, "Source"], None]
 
 

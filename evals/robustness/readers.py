@@ -260,9 +260,32 @@ def _shards_beside(folder: Path) -> None:
 
 
 _SHARD = "model-00001-of-00002.safetensors"
-_KEYS = (b'"dtype"', b'"shape"', b'"data_offsets"', b'"__metadata__"', b"[0,0]", b'"F32"', b'"F4"', b'"U8"', b"{}", b"[]")
+_KEYS = (
+    b'"dtype"',
+    b'"shape"',
+    b'"data_offsets"',
+    b'"__metadata__"',
+    b"[0,0]",
+    b'"F32"',
+    b'"F4"',
+    b'"U8"',
+    b"{}",
+    b"[]",
+)
 _FIELDS = tuple(f'"{key}"'.encode() for key in (*_ENTRY, "weights", "checksums", "activation", "tensors", "file"))
-_YAML = (b"llmquant_recipe: 1\n", b"weights:\n", b"  _default: int4-g64\n", b"&a", b"*a", b"!!", b"<<: ", b"- ", b"? ", b"{", b"[")
+_YAML = (
+    b"llmquant_recipe: 1\n",
+    b"weights:\n",
+    b"  _default: int4-g64\n",
+    b"&a",
+    b"*a",
+    b"!!",
+    b"<<: ",
+    b"- ",
+    b"? ",
+    b"{",
+    b"[",
+)
 
 register(Reader("header", "x.safetensors", _header, _headers, words=_KEYS))
 register(
@@ -291,9 +314,7 @@ register(Reader("imatrix", "x", _imatrix, _imatrices, words=_KEYS))
 register(Reader("journal", "x", _part, _parts, words=_KEYS + _FIELDS))
 register(Reader("reference", "x", _reference, _references, words=_KEYS))
 register(Reader("results", "results.jsonl", _results, _lines, words=(b'"schema"', b'"label"', b"\n", b"NaN")))
-register(
-    Reader("shard", _SHARD, _checkpoint, lambda: [_quantized()[_SHARD]], _lay_checkpoint, words=_KEYS + (b"__metadata__",))
-)
+register(Reader("shard", _SHARD, _checkpoint, lambda: [_quantized()[_SHARD]], _lay_checkpoint, words=_KEYS))
 register(
     Reader("config", "config.json", _checkpoint, lambda: [_quantized()["config.json"]], _lay_checkpoint, words=_FIELDS)
 )

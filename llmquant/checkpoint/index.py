@@ -85,7 +85,12 @@ def misplaced(index: Mapping[str, str], headers: Mapping[Path, Header]) -> Itera
 def check_name(name: str, where: str) -> None:
     """Raises `UnsafePathError` unless a name can be that of a file in the folder, or in a folder below."""
     parts = name.replace("\\", "/").split("/")
-    if len(name) > LONGEST_NAME or any(part in ("", ".", "..") for part in parts) or not name.isprintable() or ":" in parts[0]:
+    if (
+        len(name) > LONGEST_NAME
+        or any(part in ("", ".", "..") for part in parts)
+        or not name.isprintable()
+        or ":" in parts[0]
+    ):
         raise UnsafePathError(f"{name!r:.200} does not lie in the checkpoint's folder", where=where)
 
 

@@ -1,4 +1,4 @@
-"""What the values of a weight's components can be: what no writer of the format stores is damage (`docs/format.md`, 3-4)."""
+"""What the values of a weight's components can be. What no writer stores is damage (`docs/format.md`, 3 and 4)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmquant.formats import Format
 from llmquant.primitives.minifloat import MINIFLOATS
+
 _POSITIVE = ("row_scale", "tensor_scale", "act_scale")
 
 

@@ -161,7 +161,7 @@ def _check_manifest(
     }
 
 
-class _noting:  # noqa: N801
+class _noting:
     """Turns a `CheckpointError` of a block into a problem."""
 
     def __init__(self, report: VerifyReport, where: str) -> None:

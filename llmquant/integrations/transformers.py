@@ -351,7 +351,9 @@ def _checksums(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str
     """
     tied, ignored = getattr(model, "all_tied_weights_keys", {}), getattr(model, "_keys_to_ignore_on_save", None) or ()
     left = {key for key, other in tied.items() if other in tensors} | set(ignored)
-    return {key: checksum(t) for key, t in tensors.items() if key not in left and isinstance(t, Tensor) and not t.is_meta}
+    return {
+        key: checksum(t) for key, t in tensors.items() if key not in left and isinstance(t, Tensor) and not t.is_meta
+    }
 
 
 def _spec(candidate: Candidate, config: QuantConfig) -> QuantSpec:

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import resource
-import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +16,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import disk, raw
-from safetensors.torch import save_file
 
 from llmquant.checkpoint import files
 from llmquant.checkpoint.files import (

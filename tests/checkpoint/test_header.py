@@ -122,7 +122,10 @@ BAD: dict[str, tuple[bytes, str]] = {
     "metadata twice": (framed(b'{"__metadata__":{},"__metadata__":{}}'), "twice"),
     "a key of the metadata twice": (framed(b'{"__metadata__":{"a":"b","a":"c"}}'), "twice"),
     "nesting without end": (framed(b'{"a":' * 100_000), "no list of tensors"),
-    "a thousand lists within lists": (framed(b'{"a":{"shape":' + b"[" * 1500 + b"]" * 1500 + b"}}"), "not described by"),
+    "a thousand lists within lists": (
+        framed(b'{"a":{"shape":' + b"[" * 1500 + b"]" * 1500 + b"}}"),
+        "not described by",
+    ),
     "lists without end": (framed(b'{"a":{"shape":' + b"[" * 100_000 + b"}}"), "not described by"),
 }
 

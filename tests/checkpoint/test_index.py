@@ -39,7 +39,20 @@ def test_an_index_names_a_file_for_each_tensor(folder: Path) -> None:
         assert all(found[key] == path.name for key in header.tensors)
 
 
-OUTSIDE = ["../x.safetensors", "/etc/passwd", "a/../../x", "..", ".", "", "a//b", "a\\..\\..\\b", "C:\\x", "x\0", "x\n", "x" * 1001]
+OUTSIDE = [
+    "../x.safetensors",
+    "/etc/passwd",
+    "a/../../x",
+    "..",
+    ".",
+    "",
+    "a//b",
+    "a\\..\\..\\b",
+    "C:\\x",
+    "x\0",
+    "x\n",
+    "x" * 1001,
+]
 
 
 @pytest.mark.parametrize("name", OUTSIDE)

@@ -25,7 +25,7 @@ from llmquant.checkpoint.manifest import shard_metadata
 from llmquant.checkpoint.source import weight_files
 from llmquant.checkpoint.stream import quantize_checkpoint
 from llmquant.cli.main import app
-from llmquant.errors import ChecksumError, CheckpointError, LlmQuantError, ModelNotFoundError, PickleError
+from llmquant.errors import CheckpointError, ChecksumError, LlmQuantError, ModelNotFoundError, PickleError
 
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 
@@ -151,7 +151,9 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an index that is none": (lambda f: (f / INDEX).write_text("{"), "cannot read the index"),
     "an index that names another shard": (
-        lambda f: edit_json(f / INDEX, lambda i: i["weight_map"].update({WEIGHT: sorted(i["weight_map"].values())[-1]})),
+        lambda f: edit_json(
+            f / INDEX, lambda i: i["weight_map"].update({WEIGHT: sorted(i["weight_map"].values())[-1]})
+        ),
         "as the index says",
     ),
     "an edited manifest": (
