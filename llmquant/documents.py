@@ -2,8 +2,8 @@
 
 Before a parser builds anything, the file is known to be a regular one within a size, to nest no deeper than `DEEPEST`,
 and to hold no more values than `ROOM` bytes of Python objects. A key that stands twice is refused: two programs could
-read two things. YAML is plain data (`yaml.SafeLoader`) without tags, anchors and aliases: in a few lines these can say a
-billion values.
+read two things. YAML is plain data (`yaml.SafeLoader`) without tags, anchors and aliases: in a few lines these can say
+a billion values.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,18 +162,13 @@ def _check_manifest(
     }
 
 
-class _noting:
+@contextmanager
+def _noting(report: VerifyReport, where: str) -> Iterator[None]:
     """Turns a `CheckpointError` of a block into a problem."""
-
-    def __init__(self, report: VerifyReport, where: str) -> None:
-        self.report, self.where = report, where
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> bool:
-        if isinstance(error, CheckpointError):
-            self.report.add(self.where, error.what)
-        return isinstance(error, CheckpointError)
+    try:
+        yield
+    except CheckpointError as error:
+        report.add(where, error.what)
 
 
 def _checks(fqn: str, described: Mapping[str, Any]) -> Iterator[tuple[str, Check]]:
@@ -259,10 +255,9 @@ def _panels(path: Path, header: Header, key: str, tail: int) -> Iterator[Tensor]
         file.seek(begin)
         for start in range(begin, end, step):
             panel = torch.empty(min(step, end - start), dtype=torch.uint8)
-            read, view = 0, memoryview(panel.numpy())
-            while read < len(view):
-                count = file.readinto(view[read:])
-                if not count:
-                    raise OSError(0, "it ends too early")
+            read, view = 0, panel.numpy().data
+            while count := file.readinto(view[read:]):
                 read += count
+            if read != len(view):
+                raise OSError(0, "it ends too early")
             yield panel
