@@ -31,7 +31,7 @@ MODULES = [
 MODULES += ["llmquant.calibrate.imatrix", "llmquant.measure.reference_file", "llmquant.report", "llmquant.foreign"]
 MODULES += ["llmquant.export", "llmquant.primitives.dynamic", "json.decoder", "yaml.constructor", "yaml.resolver"]
 SECOND, ROOM = 1.0, 64 << 20
-MOST_KEPT = 100
+MOST_KEPT = 40
 
 
 def main() -> None:
