@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help setup demo table test test-slow check bench docs clean
+.PHONY: help setup demo table test test-slow check bench fuzz docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,10 @@ check: $(STAMP)  ## lint, format and type check
 
 bench: $(STAMP)  ## measure speed, memory and accuracy against the goals
 	$(BIN)/python evals/bench/goals.py
+
+fuzz: $(STAMP)  ## fuzz every reader of files, SECONDS each (1800)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "atheris>=3"
+	$(BIN)/python evals/robustness/fuzz.py --seconds $(or $(SECONDS),1800)
 
 docs: $(STAMP)  ## rewrite docs/help.md from the command line's own help
 	$(BIN)/python docs/make_help.py

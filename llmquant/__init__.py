@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from llmquant.checkpoint.plan import plan_checkpoint as plan_checkpoint
     from llmquant.checkpoint.save import save as save
     from llmquant.checkpoint.stream import quantize_checkpoint as quantize_checkpoint
+    from llmquant.checkpoint.verify import VerifyReport as VerifyReport
+    from llmquant.checkpoint.verify import verify as verify
     from llmquant.config.base import DynamicActivationConfig as DynamicActivationConfig
     from llmquant.config.base import StaticActivationConfig as StaticActivationConfig
     from llmquant.config.base import WeightOnlyConfig as WeightOnlyConfig
@@ -118,6 +120,7 @@ _PUBLIC = {
     "llmquant.checkpoint.by_key": ["load_raw"],
     "llmquant.checkpoint.save": ["save"],
     "llmquant.checkpoint.stream": ["quantize_checkpoint"],
+    "llmquant.checkpoint.verify": ["VerifyReport", "verify"],
     "llmquant.config.base": ["DynamicActivationConfig", "StaticActivationConfig", "WeightOnlyConfig"],
     "llmquant.config.fqn": ["FqnToConfig"],
     "llmquant.config.named": [

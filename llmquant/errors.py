@@ -79,6 +79,34 @@ class CheckpointError(LlmQuantError):
     """A checkpoint that is incomplete, truncated, mixed from two saves, or of an unknown version."""
 
 
+class HeaderError(CheckpointError):
+    """A safetensors file that is missing, truncated or foreign, or whose header says something impossible."""
+
+
+class IndexFileError(CheckpointError):
+    """An index of shards that cannot be read, names files outside of its folder, or does not fit the shards."""
+
+
+class ManifestError(CheckpointError):
+    """A manifest that says something impossible of a weight, or contradicts itself or the files."""
+
+
+class ChecksumError(CheckpointError):
+    """Checksums of tensors that are promised and missing, or are none."""
+
+
+class UnsafePathError(CheckpointError):
+    """A file of a checkpoint that lies, or leads, outside of its folder."""
+
+
+class PickleError(CheckpointError):
+    """Weights as pickles: reading them can run whatever code is in them, so they are not read."""
+
+
+class DocumentError(LlmQuantError):
+    """JSON or YAML that cannot be read, is too large, nests too deep, or says a thing twice."""
+
+
 class NoSpaceError(LlmQuantError):
     """A disk without room for the result."""
 

@@ -308,17 +308,13 @@ class Shape(StrEnum):
 
     single = auto()
     sharded = auto()
-    bin = auto()
-    sharded_bin = auto()
 
     def make(self, folder: Path, target: Path) -> Path:
         """A copy of a single-file checkpoint in this shape."""
         if self is Shape.single:
             return copy(folder, target)
-        if self is Shape.sharded:
-            load(folder).save_pretrained(target, max_shard_size="30KB")
-            return target
-        return to_bin(folder, target, 3 if self is Shape.sharded_bin else 1)
+        load(folder).save_pretrained(target, max_shard_size="30KB")
+        return target
 
 
 def to_bin(folder: Path, target: Path, count: int = 1) -> Path:

@@ -9,11 +9,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from llmquant.checkpoint.files import no_space_errors
-from llmquant.errors import CalibrationError
+from llmquant.checkpoint.header import read_header
+from llmquant.errors import CalibrationError, CheckpointError
 from llmquant.primitives.stats import InputStats
 from llmquant.quantize import Plan
 from llmquant.quantize.plan import is_embedding
@@ -52,18 +53,29 @@ def load_imatrix(path: str | Path, plan: Plan | None = None) -> dict[str, InputS
         CalibrationError: for a file that is none, or of another model.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            version = (file.metadata() or {}).get(_MARK)
-            found = {name: InputStats(mean_square=file.get_tensor(name)) for name in sorted(file.keys())}
-    except Exception as error:  # of safetensors, in many types
-        raise CalibrationError(f"cannot read the importance matrix: {error}", where=str(path)) from error
-    if version != _VERSION:
+        header = read_header(Path(path))
+    except CheckpointError as error:
+        raise CalibrationError(f"cannot read the importance matrix: {error.what}", where=str(path)) from error
+    if header.metadata.get(_MARK) != _VERSION:
         raise CalibrationError(
             "not an importance matrix of this version", where=str(path), hint="delete it to gather it anew"
         )
+    for name, (dtype, shape) in header.tensors.items():
+        if dtype != torch.float32 or len(shape) not in (1, 2):
+            raise _no_squares(name, f"{dtype} {shape}", path)
+    found = {name: InputStats(mean_square=values) for name, values in sorted(load_file(path).items())}
+    for name, stats in found.items():
+        if not (stats.mean_square >= 0).all() or not stats.mean_square.isfinite().all():  # type: ignore[union-attr, operator]
+            raise _no_squares(name, "negative or not finite", path)
     if plan is not None:
         _check_fit(found, plan, str(path))
     return found
+
+
+def _no_squares(name: str, why: str, path: str | Path) -> CalibrationError:
+    return CalibrationError(
+        f"{name} is no list of mean squares: {why}", where=str(path), hint="delete it to gather it anew"
+    )
 
 
 def _check_fit(found: Mapping[str, InputStats], plan: Plan, where: str) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmquant.checkpoint.config_file import read_config
 from llmquant.checkpoint.manifest import METHOD, verify
 from llmquant.checkpoint.shards import stored_in
-from llmquant.checkpoint.source import locate, read_config, weight_files
+from llmquant.checkpoint.source import locate, weight_files
 from llmquant.checkpoint.state import assemble, expected
 from llmquant.errors import CheckpointError
 
@@ -29,8 +30,6 @@ def load_raw(model: str | Path) -> dict[str, Tensor]:
     manifest: dict[str, Any] = config.get("quantization_config") or {}
     if manifest.get("quant_method") not in (None, METHOD):
         raise CheckpointError(f"the model is quantized by {manifest['quant_method']}, not llmquant", where=str(folder))
-    if any(path.suffix != ".safetensors" for path in files):
-        raise CheckpointError("only safetensors can be read by key", where=str(folder))
     if manifest:
         verify(manifest, files)
     stored = {key: tensor for path in files for key, tensor in stored_in(path).items()}

@@ -1,64 +1,16 @@
-"""Files of a checkpoint: headers, and folders that appear whole or not at all."""
+"""Files of a checkpoint: folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
-import struct
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
-
-from llmquant.errors import CheckpointError, NoSpaceError, OutputExistsError
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BOOL": torch.bool,
-}
-
-
-class Header(NamedTuple):
-    """A safetensors header: its metadata, and key -> (dtype, shape); dtype None if torch has none of that name."""
-
-    metadata: dict[str, str]
-    tensors: dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
-
-
-def read_header(path: Path) -> Header:
-    """The header of a safetensors file. Raises `CheckpointError` for a file that is missing, truncated or foreign."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(8)
-            (length,) = struct.unpack("<Q", start)
-            if length > os.path.getsize(path):
-                raise ValueError("the header is longer than the file")
-            content = json.loads(file.read(length))
-        metadata = dict(content.pop("__metadata__", {}))
-        tensors = {k: (DTYPES.get(v["dtype"]), tuple(v["shape"])) for k, v in content.items()}
-        size = 8 + length + max((v["data_offsets"][1] for v in content.values()), default=0)
-    except FileNotFoundError as error:
-        raise CheckpointError("a shard is missing", where=str(path), hint="copy or save the model again") from error
-    except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(path, str(error)) from error
-    if size != os.path.getsize(path):
-        raise _damaged(path, f"it has {os.path.getsize(path)} bytes and should have {size}")
-    return Header(metadata, tensors)
+from llmquant.errors import NoSpaceError, OutputExistsError
 
 
 @contextlib.contextmanager
@@ -144,9 +96,3 @@ def make_readable(path: Path) -> None:
     mask = os.umask(0o022)  # it can only be read by setting it
     os.umask(mask)
     path.chmod(0o666 & ~mask)
-
-
-def _damaged(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"the file is truncated or is no safetensors file: {why}", where=str(path), hint="copy or save the model again"
-    )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.checkpoint.files import DTYPES
+from llmquant.checkpoint.header import DTYPES
 from llmquant.checkpoint.shards import InFile, stored_in
 from llmquant.errors import CheckpointError, LlmQuantError, ModelNotFoundError
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from llmquant.checkpoint.files import read_header
-from llmquant.checkpoint.manifest import METHOD, verify
-from llmquant.checkpoint.source import locate, read_config, weight_files
+from llmquant.checkpoint.config_file import read_config
+from llmquant.checkpoint.index import check_shards
+from llmquant.checkpoint.manifest import METHOD, verify_headers
+from llmquant.checkpoint.source import locate, weight_files
 from llmquant.checkpoint.state import described_activation, expected, logical_shape
 from llmquant.errors import CheckpointError
 from llmquant.kernels import registry
@@ -99,13 +100,12 @@ def inspect_checkpoint(model: str | Path, device: str | None = None) -> Inspecti
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     manifest = read_config(folder).get("quantization_config") or {}
     files = weight_files(folder)
-    if any(path.suffix != ".safetensors" for path in files):
-        raise CheckpointError("only safetensors can be inspected", where=str(folder))
     if manifest.get("quant_method") not in (None, METHOD):
         raise CheckpointError(f"the model is quantized by {manifest['quant_method']}, not llmquant", where=str(folder))
+    headers = check_shards(folder, files)
     if manifest:
-        verify(manifest, files)
-    tensors = {key: found for path in files for key, found in read_header(path).tensors.items()}
+        verify_headers(manifest, headers)
+    tensors = {key: found for header in headers.values() for key, found in header.tensors.items()}
     entries = manifest.get("weights", {})
     taken = {key for fqn, described in entries.items() for key in expected(fqn, described)}
     rows = [_quantized(fqn, described, device) for fqn, described in entries.items()]

@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from llmquant.checkpoint.files import DTYPES, read_header
+from llmquant.checkpoint.header import DTYPES, read_header
 from llmquant.errors import CheckpointError
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
@@ -91,40 +91,13 @@ class InFile:
             done += count
 
 
-@dataclass(frozen=True, eq=False)
-class InMemory:
-    """A tensor that lies in memory, or is mapped by torch."""
-
-    tensor: Tensor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    def read(self, dtype: torch.dtype | None = None, rows: tuple[int, int] | None = None) -> Tensor:
-        """Its values, or those of some rows [first, last)."""
-        found = self.tensor if rows is None else self.tensor[rows[0] : rows[1]]
-        return found if dtype is None else found.to(dtype)
-
-
 def stored_in(path: Path) -> dict[str, InFile]:
     """The tensors of a safetensors file by key, of which nothing but the header is read. Raises `CheckpointError`."""
-    header = read_header(path)
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        content = json.loads(file.read(length))
-    found = {}
+    header, found = read_header(path), {}
     for key, (dtype, shape) in header.tensors.items():
-        begin, end = content[key]["data_offsets"]
         if dtype is None:
-            raise CheckpointError(f"{key} is of the dtype {content[key]['dtype']}, unknown here", where=str(path))
-        if end - begin != nbytes((dtype, shape)):
-            raise CheckpointError(f"{key} has {end - begin} bytes, which {dtype} {shape} has not", where=str(path))
-        found[key] = InFile(path, key, dtype, shape, 8 + length + begin)
+            raise CheckpointError(f"{key} is of a dtype that torch lacks", where=str(path))
+        found[key] = InFile(path, key, dtype, shape, header.places[key][0])
     return found
 
 

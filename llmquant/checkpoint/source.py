@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
@@ -12,14 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmquant.checkpoint.checksums import FILE as CHECKSUMS
+from llmquant.checkpoint.config_file import read_config
 from llmquant.checkpoint.hub import HubShards, fetch_small_files
+from llmquant.checkpoint.index import INDEX, SINGLE, check_inside, check_shards, read_index
 from llmquant.checkpoint.mapping import Group, find_groups
 from llmquant.checkpoint.origin import Origin
 from llmquant.checkpoint.raw import raw_groups, raw_skeleton
-from llmquant.checkpoint.shards import InMemory, Stored, stored_in
-from llmquant.errors import AlreadyQuantizedError, CheckpointError, ConfigError, ModelNotFoundError
+from llmquant.checkpoint.shards import Stored, stored_in
+from llmquant.errors import AlreadyQuantizedError, CheckpointError, ConfigError, ModelNotFoundError, PickleError
 
-_SAFE_INDEX, _BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+_OWN = ("config.json", CHECKSUMS)  # what a copy gets anew
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 
@@ -82,7 +85,7 @@ class Source:
         if self.hub is not None:
             self.hub.fetch_all()
         kind: Any = type(self.skeleton)
-        return kind.from_pretrained(self.folder, dtype=self.dtype, trust_remote_code=self.trusted)
+        return kind.from_pretrained(self.folder, dtype=self.dtype, trust_remote_code=self.trusted, use_safetensors=True)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """FQN and value of every tensor of the model, one at a time.
@@ -156,6 +159,7 @@ def open_source(model: str | Path | Origin, dtype: torch.dtype | None = None) ->
         )
     hub = None if local else _hub_shards(origin, folder)
     files = weight_files(folder) if hub is None else ()
+    check_shards(folder, files)
     own = dtype or _own_dtype(folder, config, files, hub)
     if origin.raw:
         skeleton: nn.Module = raw_skeleton(_stored(files, hub))
@@ -168,20 +172,23 @@ def _stored(files: tuple[Path, ...], hub: HubShards | None) -> dict[str, Stored]
     """Key -> the tensor in its file."""
     found: dict[str, Stored] = dict(hub.stored()) if hub is not None else {}
     for path in files:
-        found |= stored_in(path) if path.suffix == ".safetensors" else _in_pickle(path)
+        found |= stored_in(path)
     return found
 
 
 def _hub_shards(origin: Origin, folder: Path) -> HubShards:
-    index = folder / _SAFE_INDEX
-    names = _indexed_files(index) if index.is_file() else ["model.safetensors"]
-    return HubShards(str(origin.model), folder, names, origin.drop_shards)
+    index = folder / INDEX
+    indexed = set(read_index(index, shards_may_be_missing=True).values()) if index.is_file() else {SINGLE}
+    return HubShards(str(origin.model), folder, sorted(indexed), origin.drop_shards)
 
 
 def extras(folder: Path) -> list[Path]:
     """The files of a checkpoint that a copy needs beside weights: tokenizer, generation config, licence, code."""
     found = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
-    return [p for p in found if p.name != "config.json" and not p.name.endswith(_WEIGHT_FILES)]
+    kept = [p for p in found if p.name not in _OWN and not p.name.endswith(_WEIGHT_FILES)]
+    for path in kept:
+        check_inside(folder, path)  # a copy of what a link leads to would give it away
+    return kept
 
 
 def locate(model: str | Path) -> Path:
@@ -214,41 +221,33 @@ def _is_local(model: str | Path) -> bool:
     return False
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises `ModelNotFoundError` where there is none to read."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(
-            "the folder holds no Hugging Face model: config.json is missing or no JSON", where=str(folder)
-        ) from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ModelNotFoundError("config.json names no model_type", where=str(folder))
-    return config
-
-
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The files that hold a model's weights. Raises `ModelNotFoundError` for none, `CheckpointError` for lost ones."""
-    for single, index in (("model.safetensors", _SAFE_INDEX), ("pytorch_model.bin", _BIN_INDEX)):
-        if (folder / single).is_file():
-            return (folder / single,)
-        if (folder / index).is_file():
-            names = _indexed_files(folder / index)
-            lost = [name for name in names if not (folder / name).is_file()]
-            if lost:
-                raise CheckpointError(
-                    "shards are missing", where=f"{folder}: {', '.join(lost)}", hint="copy them again"
-                )
-            return tuple(folder / name for name in names)
-    raise ModelNotFoundError("the folder holds no model.safetensors (nor pytorch_model.bin)", where=str(folder))
+    """The safetensors files that hold a model's weights.
+
+    Raises:
+        ModelNotFoundError: for none.
+        PickleError: where there are only pickles.
+        CheckpointError: for an index that cannot be read, and for files that are lost or lie elsewhere.
+    """
+    if (folder / SINGLE).is_file():
+        check_inside(folder, folder / SINGLE)
+        return (folder / SINGLE,)
+    if (folder / INDEX).is_file():
+        return tuple(folder / name for name in sorted(set(read_index(folder / INDEX).values()), key=Path))
+    refuse_pickles(folder)
+    raise ModelNotFoundError(f"the folder holds no {SINGLE}", where=str(folder))
 
 
-def _indexed_files(index: Path) -> list[str]:
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return sorted(names, key=Path)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"cannot read the index of the shards: {error!r}", where=str(index)) from error
+def refuse_pickles(folder: Path) -> None:
+    """Raises `PickleError` for a folder with pickles and no safetensors."""
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise PickleError(
+            "the weights are pickles, which can run code when they are read; only safetensors are read",
+            where=f"{folder}: {', '.join(pickles[:3])}",
+            hint="if you trust their origin, write them anew: AutoModelForCausalLM.from_pretrained(FOLDER)"
+            ".save_pretrained(OTHER) of transformers; for a model of the hub, see whether it has safetensors",
+        )
 
 
 def build_skeleton(
@@ -260,7 +259,6 @@ def build_skeleton(
         ModelNotFoundError: for what transformers does not know.
     """
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
 
     names = config.get("architectures") or []
     try:
@@ -270,7 +268,7 @@ def build_skeleton(
             if cls is None:
                 return transformers.AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=trusted)
             return cls._from_config(parsed, dtype=dtype)
-    except (ValueError, KeyError, ImportError, AttributeError, TypeError, StrictDataclassError) as error:
+    except Exception as error:  # configs are checked by each model's code, which raises what it likes
         what = f"transformers {transformers.__version__} cannot build a {config.get('model_type')!r} model: {error}"
         raise _unknown(folder, config, what) from error
 
@@ -304,11 +302,3 @@ def _own_dtype(
             raise ModelNotFoundError(f"config.json names the dtype {name!r}, which torch lacks", where=str(folder))
         return found
     return next((t.dtype for t in _stored(files, hub).values() if t.dtype.is_floating_point), torch.float32)
-
-
-def _in_pickle(path: Path) -> dict[str, InMemory]:
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"cannot read the file: {error}", where=str(path)) from error
-    return {key: InMemory(tensor) for key, tensor in state.items()}

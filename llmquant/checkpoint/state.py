@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmquant.errors import CheckpointError
+from llmquant.checkpoint.entries import check_entry, scale_dtype
+from llmquant.errors import CheckpointError, ManifestError
 from llmquant.formats import get_format
 from llmquant.primitives.blocks import block_counts
 from llmquant.primitives.dynamic import Activation
@@ -57,20 +58,18 @@ def expected(fqn: str, described: Mapping[str, Any]) -> dict[str, tuple[torch.dt
     """Dtype and shape of every component of a weight: what its entry promises.
 
     Raises:
-        CheckpointError: for an entry that this version cannot read.
+        ManifestError: for an entry that this version cannot read.
     """
     try:
-        fmt = get_format(described["format"])
+        fmt = check_entry(described)
         *experts, rows, columns = logical_shape(described)
         across, along = block_counts(rows, columns, tuple(described["block"]))
-        scale_dtype, asymmetric = getattr(torch, described["scale_dtype"]), described["asymmetric"]
-        if not fmt.allows_scales(scale_dtype):
-            raise ValueError(f"{fmt.name} has no scales of {scale_dtype}")
-        stored = storage_dtype(scale_dtype)
+        kind, asymmetric = scale_dtype(described, fmt), described["asymmetric"]
+        stored = storage_dtype(kind)
         activation = described_activation(described)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CheckpointError(
-            f"cannot read what the manifest says of a weight: {getattr(error, 'what', repr(error))}",
+    except ValueError as error:
+        raise ManifestError(
+            f"cannot read what the manifest says of a weight: {getattr(error, 'what', str(error))}",
             where=fqn,
             hint="a later llmquant may have written it: pip install --upgrade llmquant",
         ) from error
@@ -80,7 +79,7 @@ def expected(fqn: str, described: Mapping[str, Any]) -> dict[str, tuple[torch.dt
     }
     if fmt.tensor_scale:
         found[component_key(fqn, "tensor_scale")] = (torch.float32, (*experts, 1, 1))
-    if fmt.has_row_scale(scale_dtype):
+    if fmt.has_row_scale(kind):
         found[component_key(fqn, "row_scale")] = (torch.float32, (*experts, across, 1))
     if asymmetric:
         found[component_key(fqn, "zero_point")] = (torch.uint8, (*experts, across, fmt.row_bytes(along)))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import llmquant
+from llmquant.checkpoint.checksums import in_file, write_checksums
 from llmquant.checkpoint.crew import Crew, Task, work_through
 from llmquant.checkpoint.files import check_target, no_space_errors
 from llmquant.checkpoint.hub import HubShards, in_order, most_held
@@ -144,7 +145,7 @@ class Job:
     def manifest(self) -> dict[str, Any]:
         """Its save id follows from the key, so that a run that was interrupted ends with the same bytes."""
         entries = {candidate.name: entry_of(candidate, config) for candidate, config in self.plan.chosen}
-        return new_manifest(recipe.to_pairs(self.config), entries, self.key[:32])
+        return new_manifest(recipe.to_pairs(self.config), entries, self.key[:32], in_file())
 
     @cached_property
     def layouts(self) -> list[Layout]:
@@ -232,8 +233,9 @@ class Job:
             self.source.hub.done(step.fqn)
 
     def write_rest(self, out: Output) -> None:
-        """config.json with the manifest, and whatever else lies beside the weights."""
+        """config.json with the manifest, checksums, and whatever else lies beside the weights."""
         out.commit()
+        write_checksums(out.folder, out.digests())
         config = {k: v for k, v in self.source.config.items() if k != "torch_dtype"}
         config |= {"dtype": str(self.source.dtype).removeprefix("torch."), "quantization_config": self.manifest}
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -9,6 +9,7 @@ import typer
 import llmquant
 from llmquant.cli import bench, compare, evaluate, info, inspect, quantize, recipes, refine, reports, sensitivity, sweep
 from llmquant.cli import run as run_program
+from llmquant.cli import verify as verify_checkpoint
 from llmquant.cli.console import errors
 from llmquant.errors import LlmQuantError
 
@@ -27,6 +28,7 @@ app.command("refine")(refine.refine)
 app.command("eval")(evaluate.evaluate)
 app.command("sweep")(sweep.sweep)
 app.command("inspect")(inspect.inspect)
+app.command("verify")(verify_checkpoint.verify)
 app.command("recipes")(recipes.recipes)
 app.command("sensitivity")(sensitivity.sensitivity)
 app.command("compare")(compare.compare)
@@ -53,7 +55,10 @@ def _options(
 
 
 def main() -> None:
-    """Runs the command line. Exit status: 0 done, 1 a limit broken, 2 or its own an error told, 130 interrupted."""
+    """Runs the command line. Exit status: 0 done, 1 a limit broken, 2 or its own an error told, 130 interrupted.
+
+    `verify` has two of its own: 1 for what is wrong, 3 for what nobody vouches for.
+    """
     try:
         app()
     except LlmQuantError as error:

@@ -18,13 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import llmquant
 from llmquant.config.base import QuantConfig, unknown_key
 from llmquant.config.fqn import FqnToConfig
 from llmquant.config.schemes import parse_config
-from llmquant.errors import ConfigError, LlmQuantError
+from llmquant.documents import read_yaml
+from llmquant.errors import ConfigError, DocumentError, LlmQuantError
 
 RECIPE_VERSION = 1
 _KEYS = ["llmquant_recipe", "description", "algorithm", "rotate", "weights"]
@@ -83,9 +82,9 @@ def load_recipe(source: str | Path) -> Recipe:
     """A recipe by name or path. Raises `ConfigError` for what does not exist or cannot be read."""
     path = find_recipe(source)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the recipe: {error}", where=str(path)) from error
+        content = read_yaml(path)
+    except DocumentError as error:
+        raise ConfigError(f"cannot read the recipe: {error.what}", where=str(path)) from error
     return parse_recipe(content, path.stem, str(path))
 
 

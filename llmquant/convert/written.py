@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from llmquant.tune.journal import Part
 
 if TYPE_CHECKING:
     from llmquant.checkpoint.output import Output
@@ -22,25 +25,24 @@ class Written:
         self._steps = {step.fqn: step for step in job.work.steps if step.chosen is not None}
         self._out = out
 
-    def load(self, part: str) -> Any:
+    def load(self, part: str) -> Part | None:
         """The weights and warnings of a part; None if it is not finished."""
         name = _name(part)
         if not self._out.has(name):
             return None
         note = self._out.note(name)
-        return {"weights": {fqn: self._weight(fqn) for fqn in note["weights"]}, "warnings": note["warnings"]}
+        return Part({fqn: self._weight(fqn) for fqn in note["weights"]}, note["warnings"])
 
-    def save(self, part: str, content: Any) -> None:
+    def save(self, part: str, weights: Mapping[str, QuantizedTensor], warnings: Sequence[str]) -> None:
         """Writes the weights of a part; returns when they are on the disk. Raises `NoSpaceError`."""
         from llmquant.checkpoint.files import no_space_errors
         from llmquant.checkpoint.state import components
 
-        weights: dict[str, QuantizedTensor] = content["weights"]
         digests: dict[str, str] = {}
         with no_space_errors(self._out.folder):
             for fqn, weight in weights.items():
                 digests |= self._out.write(components(fqn, weight))
-            self._out.finish(_name(part), digests, {"weights": list(weights), "warnings": content["warnings"]})
+            self._out.finish(_name(part), digests, {"weights": list(weights), "warnings": list(warnings)})
             self._out.commit()
 
     def _weight(self, fqn: str) -> QuantizedTensor:

@@ -15,8 +15,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from llmquant.checkpoint.checksums import checksum, in_manifest
+from llmquant.checkpoint.config_file import read_config
 from llmquant.checkpoint.manifest import METHOD, check_version, new_manifest, shard_metadata, verify
-from llmquant.checkpoint.source import read_config
+from llmquant.checkpoint.source import refuse_pickles
 from llmquant.checkpoint.state import assemble, component_key, expected, state_dict
 from llmquant.config import recipe
 from llmquant.config.base import QuantConfig
@@ -74,9 +76,9 @@ class LlmQuantConfig(QuantizationConfigMixin):
         """The manifest's entries, by FQN; empty before a model is saved."""
         return self.manifest.get("weights", {})
 
-    def renew(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+    def renew(self, entries: Mapping[str, Any], checksums: Mapping[str, Any]) -> dict[str, Any]:
         """A manifest of these weights with a new save id; it becomes what `to_dict` gives."""
-        self.manifest = new_manifest(self.config or [], entries)
+        self.manifest = new_manifest(self.config or [], entries, checksums=checksums)
         return self.manifest
 
     def __deepcopy__(self, memo: Any) -> LlmQuantConfig:
@@ -234,7 +236,7 @@ class LlmQuantizer(HfQuantizer):
         """Plain tensors under the model's own names, and what binds each shard to config.json."""
         sharding.refuse_to_save(model)
         tensors, entries = state_dict(model)
-        manifest = self.quantization_config.renew(entries)
+        manifest = self.quantization_config.renew(entries, in_manifest(_checksums(model, tensors)))
         model.config.quantization_config = self.quantization_config
         model._weight_conversions = []
         return tensors, shard_metadata(manifest)
@@ -347,6 +349,18 @@ def _fqn(name: str, model: Any, entries: Mapping[str, Any]) -> str:
     return prefix + name if prefix + name in entries else name.removeprefix(prefix)
 
 
+def _checksums(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Those of the tensors that `save_pretrained` writes: names that are tied to another it leaves out.
+
+    Offloaded tensors, which are not in memory, go without.
+    """
+    tied, ignored = getattr(model, "all_tied_weights_keys", {}), getattr(model, "_keys_to_ignore_on_save", None) or ()
+    left = {key for key, other in tied.items() if other in tensors} | set(ignored)
+    return {
+        key: checksum(t) for key, t in tensors.items() if key not in left and isinstance(t, Tensor) and not t.is_meta
+    }
+
+
 def _spec(candidate: Candidate, config: QuantConfig) -> QuantSpec:
     return config.spec(*(candidate.shape[:-3:-1] if candidate.transposed else candidate.shape[-2:]))
 
@@ -377,8 +391,11 @@ AFTER_QUANTIZE.append(attach)
 def load(path: str | Path, **kwargs: Any) -> Any:
     """`AutoModelForCausalLM.from_pretrained(path, **kwargs)`, with llmquant registered.
 
+    Of a checkpoint nothing is executed unless it is asked for (`trust_remote_code=True`, `use_safetensors=False`).
+
     Raises:
         ModelNotFoundError: for an architecture that transformers does not know.
+        PickleError: where the weights are pickles.
     """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -389,7 +406,9 @@ def load(path: str | Path, **kwargs: Any) -> Any:
             where=str(path),
             hint="llmquant.load_raw gives its tensors by key; or trust_remote_code=True for code that you trust",
         )
-    return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    if Path(path).is_dir() and kwargs.get("use_safetensors") is not False:
+        refuse_pickles(Path(path))
+    return AutoModelForCausalLM.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
 
 
 def transformers_version() -> str:
@@ -409,7 +428,7 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelNotFoundError(
             f"no tokenizer can be loaded: {error}", where=str(path), hint="copy the original's tokenizer files there"

@@ -48,7 +48,7 @@ def _record(text: str) -> dict[str, Any] | None:
     """The record that is the whole text, if it is one: a record has a protocol and, unlike a row, no label."""
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     is_record = isinstance(content, dict) and "protocol" in content and "label" not in content
     return content if is_record else None
@@ -71,7 +71,7 @@ def _rows_of_lines(text: str, file: Path) -> list[Row]:
 def _row_of_line(line: str, where: str) -> Row:
     try:
         content = json.loads(line, parse_constant=_refuse)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         hint = "`llmquant sweep` again: finished cells are kept, and the file is written anew"
         raise ReportError(f"a damaged line of results: {error}", where=where, hint=hint) from error
     if not isinstance(content, dict):

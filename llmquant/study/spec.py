@@ -21,10 +21,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from llmquant.errors import StudyError
+from llmquant.documents import read_yaml
+from llmquant.errors import DocumentError, StudyError
 
 Metric = Literal["quality", "noise", "size", "speed", "layers", "tasks"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -193,9 +193,9 @@ def read_study(path: str | Path) -> dict[str, Any]:
     """What a study's file says, not yet checked. Raises `StudyError`."""
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise StudyError(f"cannot read the study: {error}", where=str(path)) from error
+        content = read_yaml(path)
+    except DocumentError as error:
+        raise StudyError(f"cannot read the study: {error.what}", where=str(path)) from error
     if not isinstance(content, Mapping):
         raise StudyError("a study is a mapping", where=str(path), hint=f"with the keys {', '.join(Study.model_fields)}")
     return {"name": path.stem, **content}

@@ -199,6 +199,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _parse(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -140,7 +140,7 @@ class Store:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             return Scores.from_dict(content["scores"]) if content["key"] == self.key else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
     def write(self, scores: Scores) -> None:

@@ -212,14 +212,14 @@ class _Sequential:
         found = journal.load(name)
         if found is not None:
             for candidate, config in members:
-                self.work.put(candidate, config, found["weights"][candidate.name])
-            self.work.warn(*found["warnings"])
+                self.work.put(candidate, config, found.weights[candidate.name])
+            self.work.warn(*found.warnings)
         else:
             before = len(self.work.report.warnings)
             stats = self._observe(name, members, passes)
             codes = self._learn(name, members, passes, stats)
             weights = {c.name: self.work.quantize(c, q, stats.get(c.name), codes.get(c.name)) for c, q in members}
-            journal.save(name, {"weights": weights, "warnings": list(self.work.report.warnings[before:])})
+            journal.save(name, weights, self.work.report.warnings[before:])
         self.steps = start + len(self.batches) + (self.learning_steps if self.learns and passes.block else 0)
 
     def _observe(self, name: str, members: Members, passes: _Passes) -> Mapping[str, InputStats]:

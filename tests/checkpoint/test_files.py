@@ -1,11 +1,10 @@
-"""Headers, shards, and folders that appear whole or not at all."""
+"""Shards, and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import errno
 import os
 import resource
-import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,97 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from llmquant.checkpoint import files
 from llmquant.checkpoint.files import (
-    DTYPES,
     check_space,
     check_target,
     new_folder,
     no_space_errors,
-    read_header,
 )
 from llmquant.checkpoint.shards import write_shards
-from llmquant.errors import CheckpointError, LlmQuantError, NoSpaceError, OutputExistsError
-
-# ---------------------------------------------------------------------------------- headers
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
-def test_a_header_tells_dtype_and_shape_of_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
-    tensors = {
-        "a": torch.zeros(3, 5).to(dtype),
-        "empty": torch.zeros(0, 2).to(dtype),
-        "scalar": torch.zeros(()).to(dtype),
-    }
-    save_file(tensors, tmp_path / "x.safetensors", metadata={"k": "v"})
-    header = read_header(tmp_path / "x.safetensors")
-    assert header.metadata == {"k": "v"}
-    assert header.tensors == {key: (dtype, tuple(t.shape)) for key, t in tensors.items()}
-
-
-def test_a_file_without_tensors_or_metadata(tmp_path: Path) -> None:
-    save_file({}, tmp_path / "x.safetensors")
-    assert read_header(tmp_path / "x.safetensors") == ({}, {})
-
-
-def framed(head: bytes, data: bytes = b"") -> bytes:
-    return struct.pack("<Q", len(head)) + head + data
-
-
-FOREIGN = {
-    "nothing": b"",
-    "text": b"this is no safetensors file at all",
-    "a header that is no JSON": framed(b"{nope}"),
-    "a header that is a list": framed(b"[]"),
-    "a header that is a text": framed(b'"x"'),
-    "an entry that is a number": framed(b'{"a": 3}'),
-    "an entry without offsets": framed(b'{"a": {"dtype": "U8", "shape": [0]}}'),
-    "an entry without a dtype": framed(b'{"a": {"shape": [0], "data_offsets": [0, 0]}}'),
-    "an entry without a shape": framed(b'{"a": {"dtype": "U8", "data_offsets": [0, 0]}}'),
-    "a shape that is a number": framed(b'{"a": {"dtype": "U8", "shape": 1, "data_offsets": [0, 0]}}'),
-    "a dtype that is a list": framed(b'{"a": {"dtype": [], "shape": [0], "data_offsets": [0, 0]}}'),
-    "offsets that are texts": framed(b'{"a": {"dtype": "U8", "shape": [0], "data_offsets": ["0", "0"]}}'),
-    "metadata that is a number": framed(b'{"__metadata__": 3}'),
-    "a length beyond the file": struct.pack("<Q", 2**63),
-    "bytes that are no UTF-8": framed(b'{"\xff": 1}'),
-    "bytes too many": framed(b"{}", b"\0"),
-}
-
-
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_a_foreign_file_is_refused_by_name(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(FOREIGN[kind])
-    with pytest.raises(CheckpointError, match=r"x\.safetensors"):
-        read_header(path)
-
-
-def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="missing") as error:
-        read_header(tmp_path / "x.safetensors")
-    assert error.value.where == str(tmp_path / "x.safetensors") and error.value.hint
-
-
-@settings(max_examples=300)
-@given(data=st.data())
-def test_a_damaged_header_gives_an_answer_or_a_checkpoint_error(
-    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
-    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(1, dtype=torch.uint8)}, path, metadata={"k": "v"})
-    content = bytearray(path.read_bytes())
-    for _ in range(data.draw(st.integers(1, 3))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(content)
-    try:
-        assert set(read_header(path).tensors) is not None
-    except CheckpointError as error:
-        assert "damaged.safetensors" in str(error)
-
+from llmquant.errors import LlmQuantError, NoSpaceError, OutputExistsError
 
 # ---------------------------------------------------------------------------------- folders
 

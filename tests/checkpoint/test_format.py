@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from models import CONFIGS, Folders, load, raw
 from torch import Tensor
 
-from llmquant.checkpoint.files import read_header
+from llmquant.checkpoint.header import read_header
 from llmquant.checkpoint.manifest import new_manifest, shard_metadata, verify
 from llmquant.checkpoint.shards import write_shards
 from llmquant.checkpoint.state import assemble, components, describe

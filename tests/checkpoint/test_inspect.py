@@ -92,8 +92,6 @@ def test_what_is_no_checkpoint_of_ours_is_refused(folders: Folders, tmp_path: Pa
         inspect_checkpoint(tmp_path / "nothing")
     with pytest.raises(ModelNotFoundError):
         inspect_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="safetensors"):
-        inspect_checkpoint(Shape.bin.make(folders("llama"), tmp_path / "bin"))
     foreign = copy(folders.quantized("llama"), tmp_path / "foreign")
     edit_json(foreign / "config.json", lambda c: c["quantization_config"].update(quant_method="gptq"))
     with pytest.raises(CheckpointError, match="gptq"):

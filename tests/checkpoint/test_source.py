@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from models import CONFIGS, Folders, Shape, assert_same, copy, edit_json, load, raw, rewrite, save, to_bin
 from safetensors.torch import save_file
 
-from llmquant.checkpoint.source import locate, open_source, parse_dtype, read_config, weight_files
+import llmquant
+from llmquant.checkpoint.config_file import read_config
+from llmquant.checkpoint.inspect import inspect_checkpoint
+from llmquant.checkpoint.source import locate, open_source, parse_dtype, weight_files
 from llmquant.checkpoint.stream import quantize_checkpoint
-from llmquant.errors import AlreadyQuantizedError, CheckpointError, ConfigError, ModelNotFoundError
+from llmquant.errors import AlreadyQuantizedError, CheckpointError, ConfigError, ModelNotFoundError, PickleError
 
 
 def values(folder: Path) -> dict[str, tuple]:
@@ -55,7 +59,7 @@ DTYPES: dict[str, Callable[[dict], object]] = {
 
 
 @pytest.mark.parametrize("kind", DTYPES)
-@pytest.mark.parametrize("shape", [Shape.single, Shape.bin])
+@pytest.mark.parametrize("shape", list(Shape))
 def test_the_dtype_is_the_one_from_pretrained_chooses(
     shape: Shape, kind: str, folders: Folders, tmp_path: Path
 ) -> None:
@@ -106,6 +110,9 @@ BAD_CONFIGS = {
     "no UTF-8": b'{"model_type": "\xff\xfe"}',
     "a list": b"[1, 2]",
     "no model_type": b'{"hidden_size": 3}',
+    "a model_type that is a list": b'{"model_type": []}',
+    "a key twice": b'{"model_type": "llama", "model_type": "gpt2"}',
+    "nesting": b'{"model_type": "llama", "a": ' + b"[" * 65 + b"]" * 65 + b"}",
 }
 
 
@@ -120,6 +127,37 @@ def test_a_folder_without_a_readable_config(kind: str, tmp_path: Path) -> None:
         assert error.value.where == str(tmp_path)
 
 
+HOSTILE_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "a billion layers": (lambda c: c.update(num_hidden_layers=10**9), "num_hidden_layers"),
+    "a million experts somewhere inside": (lambda c: c.update(text_config={"num_experts": 10**6}), "num_experts"),
+    "a size beyond 31 bits": (lambda c: c.update(hidden_size=2**31), "hidden_size"),
+    "a size beyond 63 bits, below zero": (lambda c: c.update(vocab_size=-(2**64)), "vocab_size"),
+    "a manifest that is a list": (lambda c: c.update(quantization_config=[1]), "quantization_config"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_CONFIGS)
+def test_a_config_beyond_every_limit_is_refused_before_a_model_is_built(
+    kind: str, folders: Folders, tmp_path: Path
+) -> None:
+    folder, (change, words) = copy(folders("llama"), tmp_path / "m"), HOSTILE_CONFIGS[kind]
+    edit_json(folder / "config.json", change)
+    for function in (read_config, open_source, inspect_checkpoint):
+        with pytest.raises(CheckpointError, match=words):
+            function(folder)
+
+
+def test_code_beside_the_weights_is_not_run(folders: Folders, tmp_path: Path) -> None:
+    folder = copy(folders("llama"), tmp_path / "m")
+    (folder / "trap.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'sprung')!r}).touch()")
+    classes = {"AutoConfig": "trap.Config", "AutoModelForCausalLM": "trap.Model"}
+    edit_json(folder / "config.json", lambda c: c.update(auto_map=classes, model_type="trapped", architectures=["X"]))
+    for function in (open_source, llmquant.load):
+        with pytest.raises(ValueError, match=r"trapped|code"):
+            function(folder)
+    assert not (tmp_path / "sprung").exists()
+
+
 # ---------------------------------------------------------------------------------- weight files
 
 
@@ -132,9 +170,8 @@ def test_a_folder_without_weights(folders: Folders, tmp_path: Path) -> None:
         assert error.value.where == str(folder)
 
 
-@pytest.mark.parametrize("shape", [Shape.sharded, Shape.sharded_bin])
-def test_a_lost_shard_is_named(shape: Shape, folders: Folders, tmp_path: Path) -> None:
-    folder = shape.make(folders("llama"), tmp_path / "m")
+def test_a_lost_shard_is_named(folders: Folders, tmp_path: Path) -> None:
+    folder = Shape.sharded.make(folders("llama"), tmp_path / "m")
     lost = weight_files(folder)[1]
     assert len(weight_files(folder)) > 2
     lost.unlink()
@@ -253,9 +290,8 @@ def test_tensors_that_the_model_lacks_are_left_out(folders: Folders, tmp_path: P
 
 
 @pytest.mark.parametrize("length", [0, 5, 100, 4000, -1])
-@pytest.mark.parametrize("shape", [Shape.single, Shape.bin])
-def test_a_truncated_file_is_refused_by_name(shape: Shape, length: int, folders: Folders, tmp_path: Path) -> None:
-    folder = shape.make(folders("llama"), tmp_path / "m")
+def test_a_truncated_file_is_refused_by_name(length: int, folders: Folders, tmp_path: Path) -> None:
+    folder = copy(folders("llama"), tmp_path / "m")
     (path,) = weight_files(folder)
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(CheckpointError, match=path.name):
@@ -265,11 +301,30 @@ def test_a_truncated_file_is_refused_by_name(shape: Shape, length: int, folders:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bin_that_would_run_code_is_refused(folders: Folders, tmp_path: Path) -> None:
-    folder = to_bin(folders("llama"), tmp_path / "m")
-    torch.save({"lm_head.weight": Path("x")}, folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
-        list(open_source(folder).parameters())
+class Trap:
+    """A pickle of it makes a file appear where it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_pickles_are_refused_and_not_read(count: int, folders: Folders, tmp_path: Path) -> None:
+    folder = to_bin(folders("llama"), tmp_path / "m", count)
+    for path in folder.glob("*.bin"):
+        torch.save({"lm_head.weight": Trap(tmp_path / "sprung")}, path)
+    for opened in (open_source, weight_files, inspect_checkpoint):
+        with pytest.raises(PickleError, match="only safetensors") as error:
+            opened(folder)
+        assert "pytorch_model" in str(error.value) and "save_pretrained" in str(error.value.hint)
+    with pytest.raises(PickleError):
+        quantize_checkpoint(folder, tmp_path / "out", "int4-g32")
+    assert not (tmp_path / "sprung").exists() and not (tmp_path / "out").exists()
+    torch.load(next(folder.glob("*.bin")), weights_only=False)
+    assert (tmp_path / "sprung").exists()  # the trap works
 
 
 # ---------------------------------------------------------------------------------- ties

@@ -173,7 +173,7 @@ def test_quantizing_while_loading_equals_quantize(family: str, folders: Folders,
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "mixtral"])
-@pytest.mark.parametrize("shape", [Shape.sharded, Shape.bin])
+@pytest.mark.parametrize("shape", [Shape.sharded])
 def test_and_so_it_does_however_the_source_lies(family: str, shape: Shape, folders: Folders, tmp_path: Path) -> None:
     source = shape.make(folders(family), tmp_path / "m")
     model = load(source, quantization_config=LlmQuantConfig(CONFIGS[family]))
