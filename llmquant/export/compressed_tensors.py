@@ -45,7 +45,10 @@ def write(
         return {f"{key.removesuffix('weight')}{name}": tensor for name, tensor in layer.tensors.items()}
 
     write_shards(source, draft, convert, max_shard_bytes=options.max_shard_bytes, progress=progress)
-    write_rest(source, draft, options.dtype, {"quantization_config": quantization_config(source, schemes)})
+    found = quantization_config(source, schemes)
+    if len(found["config_groups"]) > 1 and any(not scheme["weights"]["symmetric"] for scheme in schemes.values()):
+        report.warnings.append("transformers 5.23 cannot load zero points beside a second scheme; vLLM can")
+    write_rest(source, draft, options.dtype, {"quantization_config": found})
 
 
 def refuse(reasons: Mapping[str, str], options: Options) -> None:
@@ -115,7 +118,10 @@ def quantization_config(source: QuantizedFolder, schemes: Mapping[str, Mapping[s
         groups.setdefault(json.dumps(scheme, sort_keys=True), (dict(scheme), []))[1].append(name)
     formats = {scheme["format"] for scheme, _ in groups.values()}
     alone = len(groups) == 1
+    asymmetric = any(not scheme["weights"]["symmetric"] for scheme, _ in groups.values())
     return {
+        # transformers 5.23 takes packed zero points only where it decodes while it loads, and there knows one group.
+        **({"dequantize": True} if asymmetric and alone else {}),
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",

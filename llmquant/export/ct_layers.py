@@ -53,6 +53,8 @@ def to_layer(weight: QuantizedTensor, dtype: torch.dtype, *, round_scales: bool 
     """
     name = weight.format.name
     if name in _FLOATS:
+        if dtype != torch.bfloat16:
+            raise Misfit(f"compressed-tensors decodes {name} in bfloat16 only: --dtype bfloat16")
         return _block_float(weight, _FLOATS[name])
     if name == "float8":
         return _float8(weight)
