@@ -14,6 +14,7 @@ from llmquant.errors import CheckpointError, HubError
 from llmquant.hub.card import is_own, model_card
 
 ORIGINAL = "ORIGINAL_README.md"
+_AGAIN = "run it again: files that arrived are not sent twice"
 
 
 def push_to_hub(
@@ -49,7 +50,6 @@ def push_to_hub(
         HubError: without a token, for what the hub refuses, and where the connection breaks.
         ModelNotFoundError, CheckpointError, ConfigError: for a folder that is none, or is damaged.
     """
-    import httpx
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -69,12 +69,11 @@ def push_to_hub(
         )
     except HFValidationError as error:
         raise HubError(f"this is no name of a repository: {error}", where=repo_id, hint="user/name") from error
-    except HfHubHTTPError as error:
-        raise HubError(f"the hub refused it: {_reason(error)}", where=repo_id, hint=_hint(error)) from error
-    except (httpx.HTTPError, OSError, RuntimeError) as error:
-        raise HubError(
-            f"the upload broke off: {error}", where=repo_id, hint="run it again: files that arrived are not sent twice"
-        ) from error
+    except Exception as error:  # the hub's client changes its HTTP library, and so what it raises
+        refusal = error if isinstance(error, HfHubHTTPError) else error.__cause__
+        if isinstance(refusal, HfHubHTTPError):
+            raise HubError(f"the hub refused it: {_reason(refusal)}", where=repo_id, hint=_hint(refusal)) from error
+        raise HubError(f"the upload broke off: {error}", where=repo_id, hint=_AGAIN) from error
     return str(commit.commit_url)
 
 
@@ -119,4 +118,4 @@ def _hint(error: Any) -> str:
     status = getattr(error.response, "status_code", None)
     if status in (401, 403):
         return "a token that may write there: hf auth login, or HF_TOKEN"
-    return "run it again: files that arrived are not sent twice"
+    return _AGAIN
