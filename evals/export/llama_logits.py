@@ -17,7 +17,14 @@ def logits(path: str, windows: np.ndarray) -> np.ndarray:
     """All logits of each window, from an empty context, with one thread."""
     length = windows.shape[1]
     model = llama_cpp.Llama(
-        path, n_ctx=length, n_batch=length, n_ubatch=length, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False
+        path,
+        n_ctx=length,
+        n_batch=length,
+        n_ubatch=length,
+        n_threads=1,
+        n_threads_batch=1,
+        logits_all=True,
+        verbose=False,
     )
     found = []
     for window in windows:

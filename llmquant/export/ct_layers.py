@@ -124,7 +124,9 @@ def _block_float(weight: QuantizedTensor, format: str) -> Layer:
         notes = (*notes, "the float32 scale of the matrix is stored as its inverse: one more rounding of 2^-24")
     else:
         weights = arguments | {"strategy": "group", "scale_dtype": "torch.uint8"}
-        key, codes = ("weight", weight.qdata.view(torch.float8_e4m3fn)) if bits == 8 else ("weight_packed", weight.qdata)
+        key, codes = (
+            ("weight", weight.qdata.view(torch.float8_e4m3fn)) if bits == 8 else ("weight_packed", weight.qdata)
+        )
         tensors = {key: codes, "weight_scale": scale}
     return Layer(_scheme(weights, None, format), tensors, notes)
 

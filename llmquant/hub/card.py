@@ -120,7 +120,9 @@ def _base(original: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
 
 def _introduction(base: str | None) -> str:
     of = f" of [{base}](https://huggingface.co/{base})" if base else ""
-    return f"A quantized copy{of}, made with llmquant. Its weights are safetensors; nothing else is needed to read them."
+    return (
+        f"A quantized copy{of}, made with llmquant. Its weights are safetensors; nothing else is needed to read them."
+    )
 
 
 def _recipe(found: Inspection) -> str:
@@ -168,8 +170,12 @@ def _evaluation(record: Mapping[str, Any]) -> str:
         ("KL to the original, nats a token", _number((record.get("kl") or {}).get("mean"), 4)),
         ("same first choice as the original", _percent(record.get("top1"))),
     ]
-    known = [row for row in rows if "-" != row[1]]
-    facts = [f"{protocol[key]} {what}" for key, what in (("windows", "windows"), ("context", "tokens each")) if key in protocol]
+    known = [row for row in rows if row[1] != "-"]
+    facts = [
+        f"{protocol[key]} {what}"
+        for key, what in (("windows", "windows"), ("context", "tokens each"))
+        if key in protocol
+    ]
     where = f"On {protocol.get('text', 'a text')}" + (f", {', '.join(facts)}" if facts else "")
     return table(("measure", "value"), known) + f"\n\n{where}, logits in {protocol.get('dtype', 'unknown')}."
 

@@ -126,7 +126,13 @@ def test_what_vllm_lacks_is_refused_by_name_or_dequantized(folders: Folders, tmp
     with pytest.raises(ExportError) as refused:
         export(folder, tmp_path)
     text = str(refused.value)
-    for part in ("model.embed_tokens.weight: it is an embedding", "v_proj.weight", "no int3", "groups of 48", "5 weights"):
+    for part in (
+        "model.embed_tokens.weight: it is an embedding",
+        "v_proj.weight",
+        "no int3",
+        "groups of 48",
+        "5 weights",
+    ):
         assert part in text
     assert not (tmp_path / "ct").exists()
     exported, report = export(folder, tmp_path, misfits="dequantize")

@@ -44,7 +44,8 @@ def decoded(blocks: Any) -> torch.Tensor:
 
 
 KINDS = {
-    "int4-g32": "Q4_0", "int4-g64": "Q4_0", "int4-g512": "Q4_0", "int2-g32": "Q4_0", "int3-g32": "Q4_0", "int1-g32": "Q4_0",
+    "int4-g32": "Q4_0", "int4-g64": "Q4_0", "int4-g512": "Q4_0", "int2-g32": "Q4_0", "int3-g32": "Q4_0",
+    "int1-g32": "Q4_0",
     "int3-g32-asym": "Q4_0", "int4-g32-asym": "Q5_0", "int5-g32": "Q5_0", "int6-g32": "Q8_0", "int8-g32": "Q8_0",
     "int5-g64-asym": "Q8_0", "int7-g96": "Q8_0", "mxfp4": "MXFP4",
 }  # fmt: skip
@@ -81,7 +82,8 @@ def test_superblocks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "kind"), [("int8", "Q8_0"), ("int4-g32-asym", "Q4_1"), ("int5-g32-asym", "Q5_1"), ("int4-g32-s8", "Q4_0")]
+    ("scheme", "kind"),
+    [("int8", "Q8_0"), ("int4-g32-asym", "Q4_1"), ("int5-g32-asym", "Q5_1"), ("int4-g32-s8", "Q4_0")],
 )
 def test_rounded_scales_keep_the_codes(scheme: str, kind: str) -> None:
     weight = quantized(scheme)
@@ -92,7 +94,9 @@ def test_rounded_scales_keep_the_codes(scheme: str, kind: str) -> None:
     assert 0 < error.max() <= 2**-9 * ours.abs().max()
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4-g32-s8", "int4-g16", "int4-g40", "float8", "nf4", "nvfp4", "int8-g32-asym"])
+@pytest.mark.parametrize(
+    "scheme", ["int8", "int4-g32-s8", "int4-g16", "int4-g40", "float8", "nf4", "nvfp4", "int8-g32-asym"]
+)
 def test_what_no_type_holds(scheme: str) -> None:
     with pytest.raises(Misfit):
         to_blocks(quantized(scheme))
@@ -141,7 +145,9 @@ def test_every_tensor_is_ours(family: str, tmp_path: Path) -> None:
     model, found = load(folder), tensors(tmp_path / "m.gguf")
     architecture = find_architecture(model.config)
     assert ("output.weight" in found) != model.config.tie_word_embeddings
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA if architecture.name == "llama" else gguf.MODEL_ARCH.QWEN3, 2)
+    table = gguf.get_tensor_name_map(
+        gguf.MODEL_ARCH.LLAMA if architecture.name == "llama" else gguf.MODEL_ARCH.QWEN3, 2
+    )
     for fqn, value in model.named_parameters():
         plain = value.dequantize(torch.float32) if hasattr(value, "dequantize") and hasattr(value, "qdata") else value
         order = architecture.order(fqn, len(plain))
@@ -165,7 +171,7 @@ def test_sizes(tmp_path: Path) -> None:
 
 def test_misfits(tmp_path: Path) -> None:
     folder = folder_of("qwen2", tmp_path, {"re:.*down_proj": "float8", "re:.*up_proj": "int8", "_default": "int4-g32"})
-    with pytest.raises(ExportError, match="up_proj.*float16") as refused:
+    with pytest.raises(ExportError, match=r"up_proj.*float16") as refused:
         llmquant.export(folder, "gguf", tmp_path / "m.gguf")
     assert "nothing like float8" in str(refused.value) and not (tmp_path / "m.gguf").exists()
     with pytest.raises(ExportError, match="nothing like float8") as refused:
@@ -174,7 +180,11 @@ def test_misfits(tmp_path: Path) -> None:
     for misfits, down, up in (("requantize", "Q8_0", "Q8_0"), ("dequantize", "F32", "F32")):
         report = llmquant.export(folder, "gguf", tmp_path / "m.gguf", misfits=misfits, overwrite=True)
         kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
-        assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.ffn_up.weight"], kinds["blk.0.ffn_gate.weight"]) == (down, up, "Q4_0")
+        assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.ffn_up.weight"], kinds["blk.0.ffn_gate.weight"]) == (
+            down,
+            up,
+            "Q4_0",
+        )
         assert report.weights["model.layers.0.mlp.down_proj.weight"].how == misfits + "d"
         ours = load(folder).model.layers[0].mlp.down_proj.weight.dequantize(torch.float32).numpy()
         error = np.abs(tensors(tmp_path / "m.gguf")["blk.0.ffn_down.weight"] - ours).max()
@@ -198,7 +208,10 @@ def byte_level(pre: Any = None) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre or pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([TEXT], trainer)
     return tokenizer
@@ -233,7 +246,9 @@ def test_tokens_and_their_kinds(tmp_path: Path) -> None:
 
 
 def llama(*arguments: object) -> str:
-    done = subprocess.run([PEERS["llama"], EVALS / "llama_logits.py", *map(str, arguments)], capture_output=True, text=True)
+    done = subprocess.run(
+        [PEERS["llama"], EVALS / "llama_logits.py", *map(str, arguments)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

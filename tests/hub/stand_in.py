@@ -85,7 +85,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"type": "user", "name": "me", "orgs": []})
         elif path.startswith("/api/models/") and (repo := "/".join(path.split("/")[3:5])) in self.server.repos:
             names = [{"rfilename": name} for found, name in self.server.files if found == repo]
-            self._answer({"id": repo, "modelId": repo, "sha": "0" * 40, "private": False, "tags": [], "siblings": names})
+            self._answer(
+                {"id": repo, "modelId": repo, "sha": "0" * 40, "private": False, "tags": [], "siblings": names}
+            )
         else:
             self._answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
 

@@ -39,7 +39,10 @@ def test_its_figures_are_those_of_the_folder(folders: Folders) -> None:
     card, totals = llmquant.model_card(folder), inspect_checkpoint(folder).totals()
     assert f"| {totals['bytes'] / 1e6:.1f} MB | {totals['bits_per_weight']:.2f} |" in card
     assert f"| {totals['bits_per_quantized_weight']:.2f} |" in card
-    assert "- `re:.*down_proj`: `int6-g24-asym` by rtn" in card and "int6, 1 x 24 weights share a float16 scale and a" in card
+    assert (
+        "- `re:.*down_proj`: `int6-g24-asym` by rtn" in card
+        and "int6, 1 x 24 weights share a float16 scale and a" in card
+    )
     assert 'from_pretrained("' in card and "## Evaluation" not in card
 
 
@@ -63,7 +66,14 @@ def test_what_is_no_checkpoint_or_evaluation_is_refused(folders: Folders, tmp_pa
 
 
 def test_only_cards_of_ours_count_as_such(folders: Folders, tmp_path: Path) -> None:
-    for content in ("", "# x", "---\n: :\n---\n", "---\ntags:\n---\n", "---\n- a\n---\n", "a---\ntags: [llmquant]\n---\n"):
+    for content in (
+        "",
+        "# x",
+        "---\n: :\n---\n",
+        "---\ntags:\n---\n",
+        "---\n- a\n---\n",
+        "a---\ntags: [llmquant]\n---\n",
+    ):
         (tmp_path / "README.md").write_text(content)
         assert not is_own(tmp_path / "README.md"), content
     (tmp_path / "README.md").write_text(llmquant.model_card(folders.quantized("llama")))

@@ -115,7 +115,10 @@ def test_transformers_own_upload(server: Hub, folder: Path, folders: Folders, tm
     }  # fmt: skip
     saved = folders.quantized("llama", "int4-g32")
     done = subprocess.run(
-        [sys.executable, "-c", PUSHES, saved, tmp_path / "again"], env=os.environ | environment, capture_output=True, text=True
+        [sys.executable, "-c", PUSHES, saved, tmp_path / "again"],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     arrived = download(server, "me/saved", tmp_path / "arrived")
