@@ -3,8 +3,8 @@
     llmquant export OUT --to gguf -o OUT.gguf
     python evals/export/agreement.py OUT OUT.gguf --llama PYTHON --text wiki.test.raw
 
-Our logits are those of the reference backend in float32. llama.cpp rounds inputs of products to eight bits in groups of 32,
-so that a little disagreement is its own; `--text` is cut into windows from its start.
+Our logits are those of the reference backend in float32. llama.cpp rounds inputs of products to eight bits in groups of
+32, so that a little disagreement is its own; `--text` is cut into windows from its start.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Logits of llama.cpp, in its own environment, for `agreement.py` and tests; needs llama-cpp-python and numpy.
 
-`python llama_logits.py MODEL.gguf IDS.npy LOGITS.npy`: int64 windows of tokens [W, T] in, float32 [W, T, vocabulary] out.
+`python llama_logits.py MODEL.gguf IDS.npy LOGITS.npy`: int64 windows [W, T] in, float32 [W, T, vocabulary] out.
 `python llama_logits.py MODEL.gguf --tokens TEXT`: the numbers of a text's tokens as JSON on the last line.
 """
 

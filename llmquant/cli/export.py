@@ -25,7 +25,7 @@ def export(
         str,
         typer.Option(
             help="What becomes of weights that the other format cannot hold exactly: refuse (names them and writes "
-            "nothing), round-scales (codes stay, scales are rounded), requantize (gguf: new codes), dequantize (16 bits)."
+            "nothing), round-scales (codes stay, scales are rounded), requantize (gguf: new codes), dequantize."
         ),
     ] = "refuse",
     dtype: Annotated[str, typer.Option(help="Of what is not quantized: auto, float32, bfloat16 or float16.")] = "auto",

@@ -1,7 +1,7 @@
 """A folder with tensors of torchao in safetensors, as torchao's own `flatten_tensor_state_dict` lays them out.
 
-Integers of two to eight bits become `IntxUnpackedToInt8Tensor` (a byte a code; torchao's packed ones run on cards only),
-float8 becomes `Float8Tensor`. Inputs of products stay as they are.
+Integers of two to eight bits become `IntxUnpackedToInt8Tensor` (a byte a code; packed ones run on cards only), float8
+becomes `Float8Tensor`. Inputs of products stay as they are.
 """
 
 from __future__ import annotations
