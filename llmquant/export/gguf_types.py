@@ -131,12 +131,13 @@ def _try(kind: str, grid: Grid) -> Blocks | None:
             return None
         codes, minimum = grid.codes, -(grid.zeros.float() * grid.scales)
     scale, changed = _half(grid.scales)
+    low_end: np.ndarray | None = None
     if minimum is not None:
-        minimum, more = _half(minimum)
+        low_end, more = _half(minimum)
         changed = max(changed, more)
     if not np.isfinite(changed):
         return None
-    data = _PACKERS[kind](_blocks_of(codes), scale, minimum)
+    data = _PACKERS[kind](_blocks_of(codes), scale, low_end)
     return Blocks(kind, data.reshape(len(codes), -1), changed)
 
 
