@@ -19,6 +19,7 @@ from llmquant.integrations import hook as _hook
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from llmquant import export as export
     from llmquant import qat as qat
     from llmquant.calibrate.collect import Calibration as Calibration
     from llmquant.calibrate.collect import collect_stats as collect_stats
@@ -63,8 +64,12 @@ if TYPE_CHECKING:
     from llmquant.config.recipe import list_recipes as list_recipes
     from llmquant.config.recipe import load_recipe as load_recipe
     from llmquant.errors import LlmQuantError as LlmQuantError
+    from llmquant.export.report import ExportReport as ExportReport
+    from llmquant.export.run import export_checkpoint as export_checkpoint
     from llmquant.formats import Format as Format
     from llmquant.formats import register_format as register_format
+    from llmquant.hub.card import model_card as model_card
+    from llmquant.hub.push import push_to_hub as push_to_hub
     from llmquant.integrations.lm_eval import run_tasks as run_tasks
     from llmquant.integrations.optimize import OptimizeReport as OptimizeReport
     from llmquant.integrations.optimize import optimize as optimize
@@ -144,7 +149,11 @@ _PUBLIC = {
     ],
     "llmquant.config.recipe": ["list_recipes", "load_recipe"],
     "llmquant.errors": ["LlmQuantError"],
+    "llmquant.export.report": ["ExportReport"],
+    "llmquant.export.run": ["export_checkpoint"],
     "llmquant.formats": ["Format", "register_format"],
+    "llmquant.hub.card": ["model_card"],
+    "llmquant.hub.push": ["push_to_hub"],
     "llmquant.integrations.lm_eval": ["run_tasks"],
     "llmquant.integrations.optimize": ["OptimizeReport", "optimize", "restore"],
     "llmquant.integrations.transformers": ["LlmQuantConfig", "load"],
@@ -181,7 +190,7 @@ _PUBLIC = {
     "llmquant.tune.sensitivity": ["sensitivity"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
-_PACKAGES = ["qat"]
+_PACKAGES = ["export", "qat"]
 
 __all__ = sorted([*_HOME, *_PACKAGES, "__version__"])
 

@@ -105,6 +105,12 @@ class PickleError(CheckpointError):
 
 class DocumentError(LlmQuantError):
     """JSON or YAML that cannot be read, is too large, nests too deep, or says a thing twice."""
+class ExportError(LlmQuantError):
+    """A weight, tokenizer or architecture that another program's format cannot hold as it is."""
+
+
+class HubError(LlmQuantError):
+    """An upload that the hub refused, or that did not get through."""
 
 
 class NoSpaceError(LlmQuantError):

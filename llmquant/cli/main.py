@@ -7,7 +7,21 @@ import sys
 import typer
 
 import llmquant
-from llmquant.cli import bench, compare, evaluate, info, inspect, quantize, recipes, refine, reports, sensitivity, sweep
+from llmquant.cli import (
+    bench,
+    compare,
+    evaluate,
+    export,
+    info,
+    inspect,
+    push,
+    quantize,
+    recipes,
+    refine,
+    reports,
+    sensitivity,
+    sweep,
+)
 from llmquant.cli import run as run_program
 from llmquant.cli import verify as verify_checkpoint
 from llmquant.cli.console import errors
@@ -27,6 +41,9 @@ app.command("quantize")(quantize.quantize)
 app.command("refine")(refine.refine)
 app.command("eval")(evaluate.evaluate)
 app.command("sweep")(sweep.sweep)
+app.command("export")(export.export)
+app.command("push")(push.push)
+app.command("card")(push.card)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify_checkpoint.verify)
 app.command("recipes")(recipes.recipes)

@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +222,7 @@ def test_workers_of_accelerate_have_it(folders: Folders, tmp_path: Path) -> None
 SERVING = [package for package in ("fastapi", "uvicorn", "openai") if not _has(package)]
 
 
-def _chat_model(folder: Path) -> Path:
+def _chat_model(folder: Path, recipe: str = "int8") -> Path:
     """A tiny quantized model with a tokenizer of bytes and a chat template."""
     config = LlamaConfig(**SIZES, vocab_size=300, max_position_embeddings=64)
     LlamaForCausalLM(config).save_pretrained(folder / "plain")
@@ -229,7 +231,7 @@ def _chat_model(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template).save_pretrained(folder / "plain")
-    done = run("llmquant", "quantize", folder / "plain", "-o", folder / "small", "--recipe", "int8", start=MODULE)
+    done = run("llmquant", "quantize", folder / "plain", "-o", folder / "small", "--recipe", recipe, start=MODULE)
     assert done.returncode == 0, done.stderr
     return folder / "small"
 
@@ -258,10 +260,9 @@ def _ask(port: int, model: str) -> dict[str, Any]:
         return json.load(response)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(bool(SERVING), reason=f"transformers serve needs {', '.join(SERVING)}")
-def test_transformers_serve_answers_with_a_quantized_model(tmp_path: Path) -> None:
-    checkpoint = _chat_model(tmp_path)
+@contextmanager
+def _serving(checkpoint: Path) -> Iterator[int]:
+    """`llmquant run -- transformers serve`, and the port where it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -273,9 +274,45 @@ def test_transformers_serve_answers_with_a_quantized_model(tmp_path: Path) -> No
     )
     try:
         _wait(server, port)
-        answer = _ask(port, str(checkpoint))
+        yield port
     finally:
         server.terminate()
         server.wait(60)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(SERVING), reason=f"transformers serve needs {', '.join(SERVING)}")
+def test_transformers_serve_answers_with_a_quantized_model(tmp_path: Path) -> None:
+    checkpoint = _chat_model(tmp_path)
+    with _serving(checkpoint) as port:
+        answer = _ask(port, str(checkpoint))
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(SERVING), reason=f"transformers serve needs {', '.join(SERVING)}")
+def test_a_client_of_openai_streams_from_the_quantized_model(tmp_path: Path) -> None:
+    """What is served is the quantized model: its greedy words, which the plain one does not say."""
+    import openai
+
+    checkpoint = _chat_model(tmp_path, "int2-g32")
+    expected = {name: _greedy(tmp_path / name) for name in ("plain", "small")}
+    assert expected["plain"] != expected["small"]
+    ask: dict[str, Any] = dict(model=str(checkpoint), max_tokens=24, messages=[{"role": "user", "content": "ab"}])
+    with _serving(checkpoint) as port, openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
+        whole = client.chat.completions.create(**ask, temperature=0).choices[0].message.content
+        chunks = list(client.chat.completions.create(**ask, temperature=0, stream=True))
+    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
+    assert len(pieces) > 1 and "".join(pieces) == whole == expected["small"]
+
+
+def _greedy(folder: Path) -> str:
+    """What a model answers to `ab`, always with the likeliest token."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    inputs = tokenizer("ab", return_tensors="pt")
+    found = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs.input_ids.shape[1] :]
+    return tokenizer.decode(found, skip_special_tokens=True)
