@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from llmquant.config.recipe import list_recipes as list_recipes
     from llmquant.config.recipe import load_recipe as load_recipe
     from llmquant.errors import LlmQuantError as LlmQuantError
+    from llmquant.foreign.importer import import_checkpoint as import_checkpoint
+    from llmquant.foreign.report import ImportReport as ImportReport
     from llmquant.formats import Format as Format
     from llmquant.formats import register_format as register_format
     from llmquant.integrations.lm_eval import run_tasks as run_tasks
@@ -132,6 +134,8 @@ _PUBLIC = {
     ],
     "llmquant.config.recipe": ["list_recipes", "load_recipe"],
     "llmquant.errors": ["LlmQuantError"],
+    "llmquant.foreign.importer": ["import_checkpoint"],
+    "llmquant.foreign.report": ["ImportReport"],
     "llmquant.formats": ["Format", "register_format"],
     "llmquant.integrations.lm_eval": ["run_tasks"],
     "llmquant.integrations.optimize": ["OptimizeReport", "optimize", "restore"],

@@ -8,6 +8,7 @@ import typer
 
 import llmquant
 from llmquant.cli import bench, compare, evaluate, info, inspect, quantize, recipes, refine, reports, sensitivity, sweep
+from llmquant.cli import import_ as importing
 from llmquant.cli import run as run_program
 from llmquant.cli.console import errors
 from llmquant.errors import LlmQuantError
@@ -26,6 +27,7 @@ app.command("quantize")(quantize.quantize)
 app.command("refine")(refine.refine)
 app.command("eval")(evaluate.evaluate)
 app.command("sweep")(sweep.sweep)
+app.command("import")(importing.import_model)
 app.command("inspect")(inspect.inspect)
 app.command("recipes")(recipes.recipes)
 app.command("sensitivity")(sensitivity.sensitivity)

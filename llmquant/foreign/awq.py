@@ -57,7 +57,9 @@ def _weight(store: Store, module: str, size: int, varied: bool, asymmetric: bool
     asymmetric = asymmetric or bool((store.read(qzeros) != MIDDLES).any())
     grid = Grid(f"int{BITS}", (1, min(group, columns)), store.dtype(scales), asymmetric)
     keys = (qweight, qzeros, scales)
-    return ForeignWeight(f"{module}.weight", keys, (rows, columns), grid, partial(_parts, store, keys, rows, asymmetric))
+    return ForeignWeight(
+        f"{module}.weight", keys, (rows, columns), grid, partial(_parts, store, keys, rows, asymmetric)
+    )
 
 
 def _parts(store: Store, keys: tuple[str, ...], rows: int, asymmetric: bool) -> Parts:

@@ -82,9 +82,7 @@ def _four_bits(store: Store, name: str, state_key: str, kind: str) -> ForeignWei
     notes += [f"blocks of {state.block} are cut to groups of {state.group}"] if state.group < state.block else []
     grid = Grid("nf4-single", (1, state.group), torch.float32)
     taken = Taken.widened if notes else Taken.exact
-    return ForeignWeight(
-        *(name, keys, state.shape, grid), partial(_parts, store, name, state), taken, "; ".join(notes)
-    )
+    return ForeignWeight(*(name, keys, state.shape, grid), partial(_parts, store, name, state), taken, "; ".join(notes))
 
 
 def _state(store: Store, key: str) -> State:

@@ -20,7 +20,7 @@ from llmquant.config.base import QuantConfig
 from llmquant.config.candidates import Role, find_candidates
 from llmquant.errors import BadWeightError, CheckpointError
 from llmquant.foreign.detect import find_reader, quantization_of
-from llmquant.foreign.spec import ForeignWeight, Reader
+from llmquant.foreign.spec import ForeignWeight, Grid, Reader
 from llmquant.foreign.store import Store
 from llmquant.quantize import quantize_weight
 
@@ -104,7 +104,6 @@ class Opened:
     def _sketch(self, weight: ForeignWeight) -> Tensor:
         if weight.grid is not None:
             return weight.sketch(self.dtype)
-        _check_asked(weight, self.asked)
         if self.asked.config is None:
             return torch.empty(weight.shape, dtype=self.dtype, device="meta")
         return as_grid(self.asked.config, weight).sketch(self.dtype)
@@ -139,6 +138,8 @@ def open_foreign(
     for weight in reader.weights(store, settings):
         if weight.name in weights:
             raise CheckpointError("the checkpoint holds a weight twice", where=weight.name)
+        if weight.grid is None and not asked.given:
+            raise _outside(weight)
         weights[weight.name] = weight
     if not weights:
         raise CheckpointError(f"no tensor is quantized as {reader.name} does it", where=str(folder))
@@ -147,8 +148,6 @@ def open_foreign(
 
 def as_grid(config: QuantConfig, weight: ForeignWeight) -> ForeignWeight:
     """The weight as it will be once it is quantized again."""
-    from llmquant.foreign.spec import Grid
-
     spec = config.spec(*weight.shape)
     grid = Grid(spec.format.name, spec.block, spec.scale_dtype, spec.asymmetric)
     return ForeignWeight(weight.name, weight.keys, weight.shape, grid, None)
@@ -161,13 +160,12 @@ def kept_names(opened: Opened) -> Iterator[str]:
     yield from opened.weights
 
 
-def _check_asked(weight: ForeignWeight, asked: Asked) -> None:
-    if not asked.given:
-        raise CheckpointError(
-            f"no format of llmquant holds this weight: {weight.note}",
-            where=weight.name,
-            hint="--requantize SCHEME quantizes such weights again, --requantize none leaves them plain",
-        )
+def _outside(weight: ForeignWeight) -> CheckpointError:
+    return CheckpointError(
+        f"no format of llmquant holds this weight: {weight.note}",
+        where=weight.name,
+        hint="--requantize SCHEME quantizes such weights again, --requantize none leaves them plain",
+    )
 
 
 def _dtype_of(config: Mapping[str, Any], store: Store) -> torch.dtype:

@@ -57,4 +57,3 @@ def swap_nibbles(packed: Tensor) -> Tensor:
 def repeat_columns(groups: Tensor, size: int, columns: int) -> Tensor:
     """One entry a group [R, G] -> one a column [R, columns]."""
     return groups.repeat_interleave(size, -1)[:, :columns]
-

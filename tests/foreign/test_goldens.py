@@ -83,7 +83,10 @@ def test_zero_points_less_one_are_not_taken_as_they_are() -> None:
     (one, expected), (two, same) = read("gptq_v1-int4"), read("gptq_v2-int4")
     assert torch.equal(expected, same)
     assert torch.equal(one.load(torch.float16).zero_point, two.load(torch.float16).zero_point)
-    with safe_open(FOLDER / "gptq_v1-int4.safetensors", "pt") as a, safe_open(FOLDER / "gptq_v2-int4.safetensors", "pt") as b:
+    with (
+        safe_open(FOLDER / "gptq_v1-int4.safetensors", "pt") as a,
+        safe_open(FOLDER / "gptq_v2-int4.safetensors", "pt") as b,
+    ):
         assert not torch.equal(a.get_tensor("m.qzeros"), b.get_tensor("m.qzeros"))
 
 
