@@ -38,7 +38,7 @@ def import_model(
     """Take over a checkpoint that another library quantized: codes, scales and zero points as they are.
 
     Reads checkpoints of compressed-tensors (packed, integer and float8 ones, NVFP4, MXFP4, MXFP8), GPTQ (2, 3, 4 and 8
-    bits), AWQ, bitsandbytes (NF4, with double quantization or without, and int8) and transformers' block-wise fp8. Works
+    bits), AWQ, bitsandbytes (NF4, with double quantization or without, and int8) and transformers' fp8 in blocks. Works
     tensor by tensor, without going through 16 bits; what is not quantized is copied.
 
     Examples:

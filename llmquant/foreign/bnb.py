@@ -1,11 +1,11 @@
 """bitsandbytes checkpoints: NF4 and FP4 in blocks of the flattened weight, and LLM.int8's rows.
 
-value = table[code] * absmax   (bitsandbytes.functional, `dequantize_4bit`), of the block that holds the flattened index;
+value = table[code] * absmax   (`dequantize_4bit` of bitsandbytes), of the block that holds the flattened index;
 with double quantization absmax = nested_table[absmax code] * nested_absmax + nested_offset, all in float32.
 
 Of two codes in a byte the first is the high nibble. What is no tensor lies as JSON in the bytes of
-`quant_state.bitsandbytes__nf4`. Blocks run on over the ends of rows. Where they do, groups of a size that divides both the
-block and the row lie in one block each, and repeat its scale: the same values.
+`quant_state.bitsandbytes__nf4`. Blocks run on over the ends of rows. Where they do, groups of a size that divides both
+the block and the row lie in one block each, and repeat its scale: the same values.
 """
 
 from __future__ import annotations

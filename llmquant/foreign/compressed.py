@@ -1,6 +1,6 @@
 """compressed-tensors checkpoints, as LLM Compressor writes them and vLLM reads them.
 
-value = (code - zero) * scale   of integers,   value = number * scale   of small floats   (compressed_tensors, `dequantize`)
+value = (code - zero) * scale   of integers,   number * scale   of small floats   (its `dequantize`)
 
 Signed integers are stored plus 2^(bits - 1), densely in int32 words along the inputs (`pack-quantized`, from the lowest
 bits on), or as int8 (`int-quantized`); small floats as they are. A config has several groups of settings and says by

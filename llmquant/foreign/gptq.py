@@ -3,9 +3,9 @@
 value[k, n] = (code[k, n] - zero[g, n]) * scale[g, n],   g = g_idx[k]   (AutoGPTQ, `QuantLinear`)
 
 Codes lie in int32 words densely along the inputs, qweight [K * bits / 32, N]: turned over, that is our bit stream.
-Zero points lie along the outputs, qzeros [G, N * bits / 32]. The first version of the format stores them less one, modulo
-2^bits; `gptq_v2` as they are. Columns of a group that do not lie together (`desc_act` without static groups) have no
-place in a format whose groups are neighbours.
+Zero points lie along the outputs, qzeros [G, N * bits / 32]. The first version of the format stores them less one,
+modulo 2^bits; `gptq_v2` as they are. Columns of a group that do not lie together (`desc_act` without static groups)
+have no place in a format whose groups are neighbours.
 """
 
 from __future__ import annotations

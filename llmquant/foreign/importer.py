@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmquant.checkpoint.files import ShardWriter, check_space, check_target, new_folder, no_space_errors
 from llmquant.checkpoint.manifest import new_manifest, shard_metadata
+from llmquant.checkpoint.source import extras
 from llmquant.checkpoint.state import components, describe
 from llmquant.config.base import QuantConfig
 from llmquant.config.schemes import parse_scheme
@@ -100,7 +101,7 @@ def make_plan(opened: Opened) -> dict[str, Planned]:
         read.clear()
         first = tied.get(name, name)
         if first in plan and isinstance(sketch, QuantizedTensor) | isinstance(plan[first].sketch, QuantizedTensor):
-            raise _differing(name, first, opened)
+            raise _differing(first, tied, opened)
         plan.setdefault(first, Planned(keys, sketch))
     _check_left_out(opened, {key for planned in plan.values() for key in planned.keys})
     return plan
@@ -133,7 +134,7 @@ def _converted(opened: Opened, plan: dict[str, Planned], progress: Progress | No
             progress(min(done, total), total, first)
         if first in written:
             if _fingerprint(value) != written[first]:
-                raise _differing(name, first, opened)
+                raise _differing(first, tied, opened)
             continue
         if first in tied.values() and not isinstance(value, QuantizedTensor):
             written[first] = _fingerprint(value)
@@ -147,9 +148,10 @@ def _fingerprint(value: Tensor) -> bytes:
     return hashlib.sha256(value.contiguous().view(torch.uint8).numpy().data).digest()
 
 
-def _differing(name: str, first: str, opened: Opened) -> CheckpointError:
+def _differing(first: str, tied: dict[str, str], opened: Opened) -> CheckpointError:
+    names = ", ".join(name for name, target in tied.items() if target == first)
     return CheckpointError(
-        f"config.json ties {name} to {first}, but the checkpoint holds both",
+        f"config.json ties {names} to {first}, but the checkpoint holds different values for them",
         where=str(opened.folder),
         hint='set "tie_word_embeddings": false in config.json',
     )
@@ -201,11 +203,10 @@ def _scheme(tensor: Tensor) -> str:
 
 def _write_rest(opened: Opened, manifest: dict[str, Any], draft: Path) -> None:
     """config.json with the manifest, and whatever else lies beside the weights."""
-    source = opened.source(sketch=True)
     config = {key: value for key, value in opened.config.items() if key != "torch_dtype"}
     config |= {"dtype": str(opened.dtype).removeprefix("torch."), "quantization_config": manifest}
     with no_space_errors(draft):
         (draft / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for path in source.extras():
+        for path in extras(opened.folder):
             if path.name not in LEGACY:
                 shutil.copy2(path, draft / path.name)

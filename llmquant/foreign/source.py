@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmquant.checkpoint.source import Source, build_skeleton, locate, read_config, weight_files
 from llmquant.config.base import QuantConfig
@@ -33,6 +33,9 @@ class Asked(NamedTuple):
 
     given: bool = False
     config: QuantConfig | None = None
+
+
+NOTHING = Asked()
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Opened:
         store: its tensors.
         weights: its quantized weights, by the key that a plain checkpoint would have for them.
         asked: what to do with those that no format holds.
+        dtype: of the model when it is loaded.
+        skeleton: that model on the meta device.
     """
 
     folder: Path
@@ -67,13 +72,14 @@ class Opened:
     weights: dict[str, ForeignWeight]
     asked: Asked
     dtype: torch.dtype
+    skeleton: nn.Module
 
     def source(self, *, sketch: bool, on_read: Callable[[str], None] = lambda key: None) -> ForeignSource:
         """The checkpoint as a source: of sketches on the meta device, or of values.
 
         `on_read` is told each key before it is read.
         """
-        skeleton = build_skeleton(self.folder, self.config, self.dtype)
+        skeleton = self.skeleton
         conv1d = {fqn for c in find_candidates(skeleton).candidates if Role.conv1d in c.roles for fqn in c.fqns}
         prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
         turned = conv1d | {fqn.removeprefix(prefix) for fqn in conv1d}
@@ -119,7 +125,7 @@ class Opened:
 
 
 def open_foreign(
-    model: str | Path, readers: Sequence[Reader], asked: Asked = Asked(), dtype: torch.dtype | None = None
+    model: str | Path, readers: Sequence[Reader], asked: Asked = NOTHING, dtype: torch.dtype | None = None
 ) -> Opened:
     """Opens another library's checkpoint and works out how each of its quantized weights is to be taken over.
 
@@ -143,7 +149,9 @@ def open_foreign(
         weights[weight.name] = weight
     if not weights:
         raise CheckpointError(f"no tensor is quantized as {reader.name} does it", where=str(folder))
-    return Opened(folder, reader, settings, plain, store, files, weights, asked, dtype or _dtype_of(plain, store))
+    dtype = dtype or _dtype_of(plain, store)
+    skeleton = build_skeleton(folder, plain, dtype)
+    return Opened(folder, reader, settings, plain, store, files, weights, asked, dtype, skeleton)
 
 
 def as_grid(config: QuantConfig, weight: ForeignWeight) -> ForeignWeight:

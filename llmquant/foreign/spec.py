@@ -23,6 +23,10 @@ Parts = dict[str, Tensor]
 """Components of a weight by field: `qdata`, `scale`, ... as `kernels.packed.Packed` has them."""
 
 
+_NO_NUMBERS = {"e4m3fn": 0x7F, "e5m2": 0x7C}
+"""The lowest code, without its sign, that is NaN or infinity."""
+
+
 class Taken(StrEnum):
     """How a weight was taken over, best first.
 
@@ -140,6 +144,6 @@ def _check_values(name: str, grid: Grid, parts: Parts) -> None:
             scale = scale.view(grid.scale_dtype).float()
         if scale.is_floating_point() and not bool(torch.isfinite(scale).all()):
             raise CheckpointError("a scale is NaN or infinite", where=f"{name} ({field})", hint="copy the model again")
-    if fmt.dtype is not None and fmt.dtype.is_floating_point:
-        if not bool(torch.isfinite(parts["qdata"].view(fmt.dtype).float()).all()):
-            raise CheckpointError("a float8 code is NaN or infinite", where=name, hint="copy the model again")
+    lowest = _NO_NUMBERS.get(fmt.element)
+    if lowest is not None and bool(((parts["qdata"] & 0x7F) >= lowest).any()):
+        raise CheckpointError("a float8 code is NaN or infinite", where=name, hint="copy the model again")

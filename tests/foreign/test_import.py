@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from foreign import writers
-from foreign.writers import set_quantization, write
 from models import copy, disk, edit_json, load, logits, manifest, rewrite, save
 from torch import Tensor
 from typer.testing import CliRunner
 
+from foreign import writers
+from foreign.writers import set_quantization, write
 from llmquant import QuantizedTensor, import_checkpoint
 from llmquant.checkpoint.inspect import inspect_checkpoint
 from llmquant.cli.main import app
@@ -268,7 +268,10 @@ def test_command_line(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "14 weights taken over" in done.output and "requantized" in done.output
     report = json.loads((tmp_path / "r.json").read_text())
-    assert report["source"] == "GPTQ" and report["weights"]["model.layers.0.mlp.down_proj.weight"]["taken"] == "requantized"
+    assert (
+        report["source"] == "GPTQ"
+        and report["weights"]["model.layers.0.mlp.down_proj.weight"]["taken"] == "requantized"
+    )
 
 
 def test_compressed_tensors_model(tmp_path: Path) -> None:

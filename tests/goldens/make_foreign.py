@@ -140,8 +140,8 @@ def bitsandbytes() -> Iterator[Golden]:
     from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
     from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit
 
-    # Rows of 96 and blocks of 64: some run on over the end of a row. The native code of bitsandbytes 0.50 for CPUs starts
-    # a block with every row there (its values are up to four steps from the weight); its code in torch does not.
+    # Rows of 96 and blocks of 64: some run on over the end of a row. The native code of bitsandbytes 0.50 for CPUs
+    # starts a block with every row there (its values are far from the weight's); its code in torch does not.
     for name, kind, columns, nested in (
         ("nf4", "nf4", 128, False),
         ("nf4-double", "nf4", 128, True),
