@@ -22,7 +22,26 @@ from llmquant.foreign.store import Store
 
 # How many damages of each file; more with LLMQUANT_FUZZ=1000.
 ROUNDS = int(os.environ.get("LLMQUANT_FUZZ", "25"))
-HOSTILE: list[Any] = [None, True, False, 0, 1, -1, 2, 3, 7, 33, 2**31, -(2**63), 10**30, 1.5, float("nan"), "", "x", "int"]
+HOSTILE: list[Any] = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    33,
+    2**31,
+    -(2**63),
+    10**30,
+    1.5,
+    float("nan"),
+    "",
+    "x",
+    "int",
+]
 HOSTILE += ["group", "float", [], [1], [16, 16], [0, 0], [[]], {}, {"a": 1}, {"weights": 3}, [None, None]]
 DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32]
 DTYPES += [torch.float64, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -72,7 +91,9 @@ def damage_tensors(tensors: dict[str, Tensor], dice: random.Random) -> None:
         case 0:
             return
         case 1:
-            tensors[f"{key}{dice.choice(['x', '.absmax', '_scale', '.qweight', '.quant_state.bitsandbytes__nf4'])}"] = tensor
+            tensors[f"{key}{dice.choice(['x', '.absmax', '_scale', '.qweight', '.quant_state.bitsandbytes__nf4'])}"] = (
+                tensor
+            )
         case 2:
             tensors[key] = raw.random_(0, 256, generator=generator).view(tensor.dtype).view(tensor.shape)
         case 3:
