@@ -106,7 +106,7 @@ def damage_tensors(tensors: dict[str, Tensor], dice: random.Random) -> None:
             tensors[key] = tensor.t().contiguous() if tensor.dim() == 2 else tensor[None]
         case 6:
             tensors[key] = tensor[: dice.randrange(len(tensor) + 1)] if tensor.dim() else tensor[None, None]
-        case 7:
+        case 7 if len(raw):
             raw[dice.randrange(len(raw))] = dice.randrange(256)
             tensors[key] = raw.view(tensor.dtype).view(tensor.shape)
 
