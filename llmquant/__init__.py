@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from llmquant.errors import LlmQuantError as LlmQuantError
     from llmquant.export.report import ExportReport as ExportReport
     from llmquant.export.run import export_checkpoint as export_checkpoint
+    from llmquant.foreign.importer import import_checkpoint as import_checkpoint
+    from llmquant.foreign.report import ImportReport as ImportReport
     from llmquant.formats import Format as Format
     from llmquant.formats import register_format as register_format
     from llmquant.hub.card import model_card as model_card
@@ -151,6 +153,8 @@ _PUBLIC = {
     "llmquant.errors": ["LlmQuantError"],
     "llmquant.export.report": ["ExportReport"],
     "llmquant.export.run": ["export_checkpoint"],
+    "llmquant.foreign.importer": ["import_checkpoint"],
+    "llmquant.foreign.report": ["ImportReport"],
     "llmquant.formats": ["Format", "register_format"],
     "llmquant.hub.card": ["model_card"],
     "llmquant.hub.push": ["push_to_hub"],

@@ -22,6 +22,7 @@ from llmquant.cli import (
     sensitivity,
     sweep,
 )
+from llmquant.cli import import_ as importing
 from llmquant.cli import run as run_program
 from llmquant.cli import verify as verify_checkpoint
 from llmquant.cli.console import errors
@@ -44,6 +45,7 @@ app.command("sweep")(sweep.sweep)
 app.command("export")(export.export)
 app.command("push")(push.push)
 app.command("card")(push.card)
+app.command("import")(importing.import_model)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify_checkpoint.verify)
 app.command("recipes")(recipes.recipes)
