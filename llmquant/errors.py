@@ -133,3 +133,7 @@ class ProgramNotFoundError(ProgramError):
     """A program that does not exist."""
 
     status = 127
+
+
+class LoweringError(LlmQuantError):
+    """A quantized graph of which some products have no int8 kernel, where all were wanted."""
