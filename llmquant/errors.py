@@ -115,6 +115,14 @@ class UnsupportedOpError(LlmQuantError, NotImplementedError):
     """An operation that a quantized tensor does not support."""
 
 
+class LoweringError(LlmQuantError):
+    """A quantized graph of which some products have no int8 kernel, where all were wanted."""
+
+
+class GraphMismatchError(LlmQuantError):
+    """Two graphs to compare that do not come from one export."""
+
+
 class MissingDependencyError(LlmQuantError, ImportError):
     """An optional package that this command needs."""
 
@@ -133,7 +141,3 @@ class ProgramNotFoundError(ProgramError):
     """A program that does not exist."""
 
     status = 127
-
-
-class LoweringError(LlmQuantError):
-    """A quantized graph of which some products have no int8 kernel, where all were wanted."""

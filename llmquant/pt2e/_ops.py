@@ -39,6 +39,15 @@ quantize_per_token = _decomposed.quantize_per_token.default
 dequantize_per_token = _decomposed.dequantize_per_token.default
 
 DEQUANTIZE = (dequantize_per_tensor, dequantize_per_tensor_tensor, dequantize_per_channel, dequantize_per_token)
+QUANTIZE = (
+    quantize_per_tensor,
+    quantize_per_tensor_tensor,
+    quantize_per_token,
+    choose_qparams,
+    choose_qparams_per_token,
+    choose_qparams_per_token_asymmetric,
+)
+"""What reads floats and gives codes, or what codes need."""
 
 
 def has_onednn() -> bool:

@@ -16,7 +16,7 @@ from llmquant.errors import LoweringError
 from llmquant.pt2e import _ops
 from llmquant.pt2e.kernels import Lowered, lower_conv, lower_embedding, lower_linear
 from llmquant.pt2e.lowering_report import LoweringReport
-from llmquant.pt2e.patterns import PRODUCTS, StaysFloat, fqn_of, is_quantized, products
+from llmquant.pt2e.patterns import PRODUCTS, StaysFloat, is_quantized, named_products
 
 aten = torch.ops.aten
 
@@ -46,17 +46,16 @@ def lower(m: fx.GraphModule, strict: bool = False) -> tuple[fx.GraphModule, Lowe
     result = fx.GraphModule(m, copy.deepcopy(m.graph), type(m).__name__)
     result.meta.update(m.meta)
     report = LoweringReport()
-    for node in list(products(result.graph)):
-        _lower_product(result, node, report)
+    for name, node in list(named_products(result.graph)):
+        _lower_product(result, node, name, report)
     _clean(result)
     if strict:
         _check(report)
     return result, report
 
 
-def _lower_product(module: fx.GraphModule, node: fx.Node, report: LoweringReport) -> None:
+def _lower_product(module: fx.GraphModule, node: fx.Node, name: str, report: LoweringReport) -> None:
     operator = PRODUCTS[node.target]
-    name = report.name(fqn_of(node), operator)
     try:
         if operator not in _RULES:
             raise StaysFloat(f"there is no int8 kernel for {operator}")

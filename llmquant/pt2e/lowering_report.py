@@ -26,12 +26,6 @@ class LoweringReport:
         """How many products each kernel serves."""
         return Counter(self.int8.values())
 
-    def name(self, wanted: str, operator: str) -> str:
-        """`wanted`, or, where an earlier product of that module has it, the same with the operator and a number."""
-        taken = self.int8.keys() | self.refused.keys() | self.floating.keys()
-        numbered = (f"{wanted}:{operator}{count}" for count in range(1, len(taken) + 2))
-        return wanted if wanted not in taken else next(name for name in numbered if name not in taken)
-
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} by {kernel}" for kernel, count in sorted(self.kernels.items()))
         lines = [f"{len(self.int8)} products in int8" + (f" ({kinds})" if kinds else "")]

@@ -7,6 +7,8 @@ point, whoever made the codes.
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -88,15 +90,32 @@ class Weight:
 
 
 def fqn_of(node: fx.Node) -> str:
-    """The name of the module that a node comes from; the node's own name where the graph does not say."""
+    """The name of the module that a node comes from; the node's own name where the graph does not say.
+
+    Export counts the calls of one module (`head@1`); they have one name here.
+    """
     stack = node.meta.get("nn_module_stack")
     path = next(reversed(stack.values()))[0] if stack else ""
-    return path.removeprefix("L['self'].") or node.name
+    return path.removeprefix("L['self'].").partition("@")[0] or node.name
 
 
 def products(graph: fx.Graph) -> Iterator[fx.Node]:
     """The nodes that could have an int8 weight, in order."""
     return (node for node in graph.nodes if node.op == "call_function" and node.target in PRODUCTS)
+
+
+def named_products(graph: fx.Graph) -> Iterator[tuple[str, fx.Node]]:
+    """The products with their names, which a float graph and what was made of it have in common.
+
+    A second product of one module gets a number: `layers.0.mlp`, `layers.0.mlp:addmm1`.
+    """
+    taken: set[str] = set()
+    for node in products(graph):
+        fqn = fqn_of(node)
+        numbered = (f"{fqn}:{PRODUCTS[node.target]}{count}" for count in itertools.count(1))
+        name = fqn if fqn not in taken else next(name for name in numbered if name not in taken)
+        taken.add(name)
+        yield name, node
 
 
 def uncast(node: Any) -> Any:
@@ -110,9 +129,7 @@ def constant(module: fx.GraphModule, node: Any) -> Tensor | None:
     """The tensor that a node reads from the module, or None if it is no such node."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
-    owner: Any = module
-    for part in str(node.target).split("."):
-        owner = getattr(owner, part)
+    owner = operator.attrgetter(str(node.target))(module)
     return owner if isinstance(owner, Tensor) else None
 
 
@@ -165,8 +182,13 @@ def weight_of(node: fx.Node) -> Any:
 
 def is_quantized(node: fx.Node) -> bool:
     """Whether the graph wants a product in int8: whether its weight comes from codes."""
-    weight = uncast(_unturned(uncast(weight_of(node)))[0])
-    return isinstance(weight, fx.Node) and weight.target in _ops.DEQUANTIZE
+    return comes_from_codes(weight_of(node))
+
+
+def comes_from_codes(value: Any) -> bool:
+    """Whether a value is that of a dequantize node, apart from its dtype and its orientation."""
+    source = uncast(_unturned(uncast(value))[0])
+    return isinstance(source, fx.Node) and source.target in _ops.DEQUANTIZE
 
 
 def read_weight(module: fx.GraphModule, node: Any, out_axis: int = 0) -> Weight:
