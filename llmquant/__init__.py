@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     from llmquant.primitives.granularity import PerTokenGroup as PerTokenGroup
     from llmquant.primitives.metrics import compute_error as compute_error
     from llmquant.primitives.stats import InputStats as InputStats
+    from llmquant.pt2e.dynamic import quantize_dynamic as quantize_dynamic
     from llmquant.quantize import QuantizationReport as QuantizationReport
     from llmquant.quantize import quantize_ as quantize_
     from llmquant.quantize import quantize_weight as quantize_weight
@@ -153,6 +154,7 @@ _PUBLIC = {
     ],
     "llmquant.primitives.metrics": ["compute_error"],
     "llmquant.primitives.stats": ["InputStats"],
+    "llmquant.pt2e.dynamic": ["quantize_dynamic"],
     "llmquant.quantize": ["QuantizationReport", "quantize_", "quantize_weight"],
     "llmquant.report": ["write_report"],
     "llmquant.study.run": ["Sweep", "run_study"],
