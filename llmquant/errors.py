@@ -79,6 +79,10 @@ class CheckpointError(LlmQuantError):
     """A checkpoint that is incomplete, truncated, mixed from two saves, or of an unknown version."""
 
 
+class ExportError(LlmQuantError):
+    """A weight, tokenizer or architecture that another program's format cannot hold as it is."""
+
+
 class NoSpaceError(LlmQuantError):
     """A disk without room for the result."""
 
