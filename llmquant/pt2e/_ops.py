@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from llmquant.errors import UnsupportedOpError
 
@@ -50,6 +51,11 @@ QUANTIZE = (
     choose_qparams_per_token_asymmetric,
 )
 """What reads floats and gives codes, or what codes need."""
+
+
+def leaves(tree: Any) -> list[Any]:
+    """What a module gives or takes, without the tuples, dicts and outputs of transformers around it."""
+    return tree_leaves(tree)
 
 
 def has_onednn() -> bool:

@@ -13,7 +13,6 @@ import torch
 from torch import fx
 
 from llmquant.errors import LoweringError
-from llmquant.pt2e import _ops
 from llmquant.pt2e.kernels import Lowered, lower_conv, lower_embedding, lower_linear
 from llmquant.pt2e.lowering_report import LoweringReport
 from llmquant.pt2e.patterns import PRODUCTS, StaysFloat, is_quantized, named_products

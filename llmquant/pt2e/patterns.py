@@ -24,7 +24,7 @@ CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout)
 _TRANSPOSES = (aten.t.default, aten.permute.default, aten.transpose.int, aten.numpy_T.default)
 FULL_RANGE = (0, 255)
 
-PRODUCTS = {
+PRODUCTS: dict[Any, str] = {
     aten.linear.default: "linear",
     aten.addmm.default: "addmm",
     aten.mm.default: "mm",
