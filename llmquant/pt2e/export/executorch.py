@@ -40,7 +40,7 @@ def export_executorch(
 ) -> ExecutorchReport:
     """Writes a converted graph as an ExecuTorch program for XNNPACK.
 
-    XNNPACK takes signed activations (`XNNPACKQuantizer`): dynamic ones, or static ones whose outputs are quantized, too.
+    XNNPACK takes signed activations (`XNNPACKQuantizer`): dynamic ones, or static ones whose outputs are quantized.
 
     Args:
         m: what `convert_pt2e` gave, not lowered; or a float graph.
