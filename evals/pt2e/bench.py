@@ -6,8 +6,10 @@ python evals/pt2e/bench.py --threads 1 --threads 2
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +26,17 @@ from llmquant.pt2e.lowering import lower
 
 def torch_runs(layer: nn.Module, x: Tensor, compiled: bool) -> dict[str, Callable[[], Any]]:
     """Every way to run the layer in torch."""
-    half, low = exported(layer.bfloat16(), x.bfloat16()), x.bfloat16()
-    layer.float()
-    plain = exported(layer, x)
-    runs: dict[str, Callable[[], Any]] = {"fp32": lambda: plain(x), "bf16": lambda: half(low)}
+    low = x.bfloat16()
+    plain, half = exported(layer, x), exported(copy.deepcopy(layer).bfloat16(), low)
+    runs: dict[str, Callable[[], Any]] = {"fp32": partial(plain, x), "bf16": partial(half, low)}
     if compiled:
         for name, graph, given in (("fp32 compiled", plain, x), ("bf16 compiled", half, low)):
             runs[name] = frozen(graph, given)
     for mode in ("static", "dynamic", "token"):
         lowered, _ = lower(converted(layer, x, mode=mode), strict=True)
-        runs[f"int8 {mode}, eager"] = lambda m=lowered: m(x)
+        runs[f"int8 {mode}, eager"] = partial(lowered, x)
         if compiled:
-            runs[f"int8 {mode}, compiled"] = lambda m=compile(lowered): m(x)
+            runs[f"int8 {mode}, compiled"] = partial(compile(lowered), x)
     return runs
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "pt2e"))
 
-from handmade import converted, exported  # noqa: E402
+from handmade import converted, exported
 
-from llmquant.measure.latency import Timing, take_turns  # noqa: E402
+from llmquant.measure.latency import Timing, take_turns
 
 __all__ = ["converted", "exported", "print_times"]
 
