@@ -19,6 +19,7 @@ from llmquant.integrations import hook as _hook
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from llmquant import pt2e as pt2e
     from llmquant import qat as qat
     from llmquant.calibrate.collect import Calibration as Calibration
     from llmquant.calibrate.collect import collect_stats as collect_stats
@@ -171,7 +172,7 @@ _PUBLIC = {
     "llmquant.tune.sensitivity": ["sensitivity"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
-_PACKAGES = ["qat"]
+_PACKAGES = ["pt2e", "qat"]
 
 __all__ = sorted([*_HOME, *_PACKAGES, "__version__"])
 
