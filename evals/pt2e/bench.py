@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llmquant.primitives.metrics import compute_error
 from llmquant.pt2e import _ops
-from llmquant.pt2e.compile import compile
+from llmquant.pt2e.compilation import compile
 from llmquant.pt2e.export.onnx import export_onnx
 from llmquant.pt2e.lowering import lower
 

@@ -1,23 +1,39 @@
-"""Converted graphs for the measurements of this folder.
-
-Lowering is measured apart from quantizers: graphs are those of the tests (`tests/pt2e/handmade.py`), min/max ranges for
-static activations, int8 weights with a scale a row.
-"""
+"""Converted graphs for the measurements of this folder, and times taken in turns."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "pt2e"))
-
-from handmade import converted, exported
+import torch
+from torch import fx, nn
 
 from llmquant.measure.latency import Timing, take_turns
+from llmquant.pt2e import X86Quantizer, convert_pt2e, get_default_x86_inductor_quantization_config, prepare_pt2e
+from llmquant.pt2e.patterns import fqn_of
 
-__all__ = ["converted", "exported", "print_times"]
+MODES = ("static", "dynamic", "token")
+
+
+def exported(model: nn.Module, *inputs: Any) -> fx.GraphModule:
+    """The float graph."""
+    return torch.export.export(model.eval(), inputs).module()
+
+
+def converted(
+    model: nn.Module,
+    *inputs: Any,
+    mode: str = "static",
+    skip: Callable[[str], bool] = lambda name: False,
+    more: Sequence[tuple[Any, ...]] = (),
+) -> fx.GraphModule:
+    """The graph with int8 products: `static` (calibrated on `inputs` and `more`), `dynamic`, or a scale a `token`."""
+    config = get_default_x86_inductor_quantization_config(is_dynamic=mode != "static", per_token=mode == "token")
+    quantizer = X86Quantizer().set_global(config).add_filter(lambda node: not skip(fqn_of(node)))
+    prepared = prepare_pt2e(exported(model, *inputs), quantizer)
+    for one in (inputs, *more) if mode == "static" else (inputs,):
+        prepared(*one)
+    return convert_pt2e(prepared)
 
 
 def print_times(runs: dict[str, Callable[[], Any]], rounds: int, baselines: tuple[str, ...]) -> dict[str, Timing]:

@@ -23,7 +23,7 @@ from llmquant.measure.perplexity import token_nll
 from llmquant.measure.windows import make_windows, tokenize
 from llmquant.primitives.metrics import compute_error
 from llmquant.pt2e import _ops
-from llmquant.pt2e.compile import compile
+from llmquant.pt2e.compilation import compile
 from llmquant.pt2e.export.onnx import export_onnx
 from llmquant.pt2e.lowering import lower
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llmquant.primitives.metrics import compute_error
 from llmquant.pt2e import _ops
-from llmquant.pt2e.compile import Compiled, compile
+from llmquant.pt2e.compilation import Compiled, compile
 from llmquant.pt2e.lowering import lower
 
 _CALL = re.compile(
