@@ -6,12 +6,15 @@ A test (`tests/pt2e/test_ops.py`) says which of them torch has moved.
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from llmquant.errors import UnsupportedOpError
 
@@ -50,6 +53,11 @@ QUANTIZE = (
 """What reads floats and gives codes, or what codes need."""
 
 
+def leaves(tree: Any) -> list[Any]:
+    """What a module gives or takes, without the tuples, dicts and outputs of transformers around it."""
+    return tree_leaves(tree)
+
+
 def has_onednn() -> bool:
     """Whether oneDNN's int8 products are there: x86 and a torch built with them."""
     return platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
@@ -81,6 +89,27 @@ def conv_pointwise(dynamic: bool) -> Any:
     """The operator of an int8 convolution, for a scale that is a number or a tensor."""
     packet = torch.ops.onednn.qconv_pointwise
     return packet.tensor if dynamic else packet.default
+
+
+def aoti_package(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Compiles a program ahead of time into a package."""
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(program, package_path=str(path))
+
+
+def aoti_load(path: str | os.PathLike[str]) -> Callable[..., Any]:
+    """A package as a function."""
+    from torch._inductor import aoti_load_package
+
+    return aoti_load_package(str(path))
+
+
+def run_and_get_code(function: Callable[..., Any], *args: Any) -> tuple[Any, list[str]]:
+    """What a compiled function gives, and the code that Inductor generated for it during the call."""
+    from torch._inductor.utils import run_and_get_code as run
+
+    return run(function, *args)
 
 
 @contextlib.contextmanager

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from llmquant.errors import GraphMismatchError
 from llmquant.primitives.metrics import compute_error
+from llmquant.pt2e._ops import leaves
 from llmquant.pt2e.patterns import fqn_of
 
 
@@ -73,7 +73,7 @@ def _last_outputs(module: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, 
 
 def first_output(result: Any) -> Tensor:
     """The first floating tensor of what a graph gives."""
-    return next(leaf for leaf in pytree.tree_leaves(result) if _is_float(leaf))
+    return next(leaf for leaf in leaves(result) if _is_float(leaf))
 
 
 def _is_float(value: Any) -> bool:

@@ -154,6 +154,21 @@ def _tensor_codes(node: fx.Node) -> TensorCodes:
     return TensorCodes(codes, scale, zero_point, high)  # type: ignore[arg-type]
 
 
+def input_of(node: fx.Node) -> Any:
+    """The node of a product's input."""
+    return node.args[1] if PRODUCTS[node.target] in ("addmm", "embedding") else node.args[0]
+
+
+def has_unsigned_input(node: fx.Node) -> bool:
+    """Whether a product reads unsigned codes."""
+    source = uncast(input_of(node))
+    return (
+        isinstance(source, fx.Node)
+        and source.target in (_ops.dequantize_per_tensor, _ops.dequantize_per_tensor_tensor)
+        and source.args[5] == torch.uint8
+    )
+
+
 def _token_codes(node: fx.Node) -> TokenCodes:
     quantize = node.args[0]
     if not isinstance(quantize, fx.Node) or quantize.target is not _ops.quantize_per_token:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from llmquant.pt2e import _ops
-from llmquant.pt2e.patterns import PRODUCTS, constant, products, weight_of
+from llmquant.pt2e.patterns import PRODUCTS, constant, named_products, weight_of
 
 aten = torch.ops.aten
 
@@ -25,7 +26,8 @@ class _Ranges(fx.Interpreter):
         value = super().run_node(n)
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
             low, high = torch.aminmax(value.float())
-            self.found[n.name] = min(float(low), 0.0), max(float(high), 0.0)
+            before = self.found.get(n.name, (0.0, 0.0))
+            self.found[n.name] = min(float(low), before[0]), max(float(high), before[1])
         return value
 
 
@@ -35,18 +37,30 @@ def exported(model: nn.Module, *inputs: Any, **options: Any) -> fx.GraphModule:
 
 
 def converted(
-    model: nn.Module, *inputs: Any, mode: str = "static", signed: bool = False, quant_max: int = 255, **options: Any
+    model: nn.Module,
+    *inputs: Any,
+    mode: str = "static",
+    signed: bool = False,
+    quant_max: int = 255,
+    skip: Callable[[str], bool] = lambda name: False,
+    more: Sequence[tuple[Any, ...]] = (),
+    **options: Any,
 ) -> fx.GraphModule:
     """The graph of a model with int8 weights and inputs in codes, of each product.
 
     mode: `static`, `dynamic`, `token` or `token-asym`.
+    skip: which products stay float, by name.
+    more: inputs that static ranges are taken from, too.
     """
     module = exported(model, *inputs, **options)
     ranges = _Ranges(module)
     with torch.no_grad():
-        ranges.run(*inputs)
+        for one in (inputs, *more):
+            ranges.run(*one)
     shared: dict[Any, fx.Node] = {}
-    for node in list(products(module.graph)):
+    for name, node in list(named_products(module.graph)):
+        if skip(name):
+            continue
         _quantize_weight(module, node)
         if PRODUCTS[node.target] != "embedding":
             x = node.args[1] if PRODUCTS[node.target] == "addmm" else node.args[0]

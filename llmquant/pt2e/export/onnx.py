@@ -1,4 +1,4 @@
-"""Converted graphs as ONNX files: the portable QDQ form, and one that ONNX Runtime multiplies in int8 whatever it fuses."""
+"""Converted graphs as ONNX files: the portable QDQ form, and one that ONNX Runtime always multiplies in int8."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def export_onnx(
 
     Raises:
         ConfigError: for another form.
-        ExportError: for graphs that ONNX cannot say: codes of seven bits, scales a token, operators without translation,
-            and graphs that are not float32.
+        ExportError: for graphs that ONNX cannot say: codes of seven bits, scales a token, operators without
+            translation, and graphs that are not float32.
         MissingDependencyError: without onnx and onnxscript.
     """
     if form not in FORMS:

@@ -72,7 +72,9 @@ def _reuse_dynamic_codes(graph: _Graph) -> None:
     for node in graph.graph.node:
         for place, value in enumerate(node.input):
             quantize = graph.maker(value, "QuantizeLinear")
-            chooser = graph.maker(quantize.input[1], "DynamicQuantizeLinear") if quantize is not None else None
+            if quantize is None:
+                continue
+            chooser = graph.maker(quantize.input[1], "DynamicQuantizeLinear")
             if chooser is not None and chooser.input[0] == quantize.input[0]:
                 if not chooser.output[0]:
                     chooser.output[0] = f"{quantize.output[0]}_codes"
