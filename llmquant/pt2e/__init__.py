@@ -20,8 +20,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmquant.pt2e.compilation import compile as compile
     from llmquant.pt2e.compare import LayerError as LayerError
+    from llmquant.pt2e.compilation import compile as compile
     from llmquant.pt2e.convert import convert_pt2e as convert_pt2e
     from llmquant.pt2e.export.aoti import export_aoti as export_aoti
     from llmquant.pt2e.export.aoti import load_aoti as load_aoti
