@@ -2,6 +2,8 @@
 
     python evals/quality/algorithms.py MODEL --calib valid.txt --text wiki.test.raw --scheme int4-g64 int3-g64
 
+With --refine N each row is followed by one of the same codes with refined scales.
+
 Models are quantized in the checkpoint's dtype and measured in float32. All linear layers but the head are quantized.
 Rows are printed as they come and kept in a JSON file, so that an interrupted run loses none.
 """
@@ -12,6 +14,7 @@ import argparse
 import gc
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from llmquant import quantize_, quantize_with_data_, rotate_
+from llmquant import quantize_, quantize_with_data_, refine_, rotate_
 from llmquant.calibrate.data import calibration_windows
 from llmquant.checkpoint.source import open_source
 from llmquant.cli.console import progress_bar
@@ -57,10 +60,10 @@ def main() -> None:
         for rotate in [False, True] if options.rotate == "both" else [options.rotate == "yes"]:
             for scheme in options.scheme:
                 for algorithm in options.algorithm:
-                    rows.append(measure(source, scheme, algorithm, rotate, read, options.steps, windows, reference))
-                    rows[-1]["of 16 bits"] = rows[-1]["perplexity"] / base
-                    print({name: rounded(value) for name, value in rows[-1].items()}, flush=True)
-                    options.json.write_text(json.dumps(rows, indent=2))
+                    for row in measured(source, scheme, algorithm, rotate, read, options, windows, reference):
+                        rows.append(row | {"of 16 bits": row["perplexity"] / base})
+                        print({name: rounded(value) for name, value in rows[-1].items()}, flush=True)
+                        options.json.write_text(json.dumps(rows, indent=2))
                     gc.collect()
     show(rows)
 
@@ -69,13 +72,14 @@ def parse() -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a plain checkpoint")
-    parser.add_argument("--scheme", nargs="+", default=["int4-g64", "int3-g64"])
+    parser.add_argument("--scheme", nargs="+", default=["int4-g64", "int3-g64"], help="or recipes (.yaml)")
     parser.add_argument("--algorithm", nargs="+", default=ALGORITHMS)
     parser.add_argument("--rotate", choices=["no", "yes", "both"], default="no", help="by a Hadamard matrix first")
     parser.add_argument("--calib", default="builtin", help="the text that algorithms read")
     parser.add_argument("--tokens", type=int, default=65536, help="of it, in windows of 512")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=50, help="of signround")
+    parser.add_argument("--refine", type=int, default=0, help="steps of refinement behind each algorithm")
     parser.add_argument("--text", default="builtin", help="the text that is measured on")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=10)
@@ -83,45 +87,49 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(
+def measured(
     source: Any,
     scheme: str,
     algorithm: str,
     rotate: bool,
     read: torch.Tensor,
-    steps: int,
+    options: argparse.Namespace,
     windows: torch.Tensor,
     reference: Reference,
-) -> dict[str, Any]:
-    """Quantizes a fresh copy of the model and measures it; seconds are those of quantizing."""
+) -> Iterator[dict[str, Any]]:
+    """Quantizes a fresh copy of the model and measures it; once more behind refinement, where it is asked for."""
     model = source.load()
     if rotate:
         rotate_(model, "hadamard")
-    config = with_algorithm(to_config({"_head": None, "_default": scheme}), algorithm)
+    asked = scheme if scheme.endswith(".yaml") else {"_head": None, "_default": scheme}
+    config = with_algorithm(to_config(asked), algorithm)
     started = time.perf_counter()
     with progress_bar(f"{scheme} {algorithm}") as progress:
         if runs_by_blocks(make_plan(model, config)):
-            report = quantize_with_data_(model, config, read, steps=steps, progress=progress)
+            report = quantize_with_data_(model, config, read, steps=options.steps, progress=progress)
         else:
             report = quantize_(model, config, progress=progress)
     seconds = time.perf_counter() - started
     for warning in report.warnings:
         print(f"  {warning}")
+    about = {"scheme": scheme, "rotated": rotate}
+    yield about | {"algorithm": algorithm, "seconds": seconds} | measure(model, windows, reference)
+    if options.refine:
+        with progress_bar("refining") as progress:
+            refined = refine_(model, source.load(), read, steps=options.refine, progress=progress)
+        row = about | {"algorithm": f"{algorithm}+refine", "seconds": seconds + refined.seconds}
+        yield row | measure(model, windows, reference)
+
+
+def measure(model: Any, windows: torch.Tensor, reference: Reference) -> dict[str, float]:
+    """The figures of a quantized model, in float32; it is afterwards in the dtype it had."""
+    dtype = model.dtype
     bits = footprint(model).bits_per_quantized_weight
     with progress_bar("measuring") as progress:
         found = evaluate(model.to(torch.float32), windows, reference, progress)
-    assert found.kl is not None
-    return {
-        "scheme": scheme,
-        "algorithm": algorithm,
-        "rotated": rotate,
-        "bits (q)": bits,
-        "perplexity": found.perplexity.value,
-        "of 16 bits": 0.0,
-        "KL": found.kl.mean,
-        "top-1": found.top1,
-        "seconds": seconds,
-    }
+    model.to(dtype)
+    assert found.kl is not None and found.top1 is not None
+    return {"bits (q)": bits, "perplexity": found.perplexity.value, "KL": found.kl.mean, "top-1": found.top1}
 
 
 def rounded(value: Any) -> Any:

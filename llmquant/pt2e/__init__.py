@@ -20,8 +20,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmquant.pt2e.compare import LayerError as LayerError
     from llmquant.pt2e.compilation import compile as compile
     from llmquant.pt2e.convert import convert_pt2e as convert_pt2e
+    from llmquant.pt2e.export.aoti import export_aoti as export_aoti
+    from llmquant.pt2e.export.aoti import load_aoti as load_aoti
+    from llmquant.pt2e.export.executorch import export_executorch as export_executorch
+    from llmquant.pt2e.export.executorch import run_executorch as run_executorch
+    from llmquant.pt2e.export.onnx import export_onnx as export_onnx
     from llmquant.pt2e.fake_quantize import FakeQuantize as FakeQuantize
     from llmquant.pt2e.fake_quantize import disable_fake_quant as disable_fake_quant
     from llmquant.pt2e.fake_quantize import disable_observer as disable_observer
@@ -49,14 +55,20 @@ if TYPE_CHECKING:
         get_default_x86_inductor_quantization_config as get_default_x86_inductor_quantization_config,
     )
     from llmquant.pt2e.quantizer import get_symmetric_quantization_config as get_symmetric_quantization_config
+    from llmquant.pt2e.sensitivity import SkipList as SkipList
+    from llmquant.pt2e.sensitivity import skip_list as skip_list
     from llmquant.pt2e.spec import QuantizationAnnotation as QuantizationAnnotation
     from llmquant.pt2e.spec import QuantizationSpec as QuantizationSpec
     from llmquant.pt2e.spec import Quantizer as Quantizer
     from llmquant.pt2e.spec import SharedQuantizationSpec as SharedQuantizationSpec
 
 _PUBLIC = {
+    "compare": ["LayerError"],
     "compilation": ["compile"],
     "convert": ["convert_pt2e"],
+    "export.aoti": ["export_aoti", "load_aoti"],
+    "export.executorch": ["export_executorch", "run_executorch"],
+    "export.onnx": ["export_onnx"],
     "fake_quantize": [
         "FakeQuantize", "disable_fake_quant", "disable_observer", "enable_fake_quant", "enable_observer",
     ],
@@ -72,6 +84,7 @@ _PUBLIC = {
         "ComposableQuantizer", "QuantizationConfig", "X86InductorQuantizer", "X86Quantizer", "XNNPACKQuantizer",
         "annotate_product", "get_default_x86_inductor_quantization_config", "get_symmetric_quantization_config",
     ],
+    "sensitivity": ["SkipList", "skip_list"],
     "spec": ["QuantizationAnnotation", "QuantizationSpec", "Quantizer", "SharedQuantizationSpec"],
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -58,9 +58,7 @@ def get_default_x86_inductor_quantization_config(
         raise ConfigError("scales of tokens are made at run time", hint="is_dynamic=True")
     reduced = not _ops.has_vnni() if reduce_range is None else reduce_range
     if per_token:
-        activation = QuantizationSpec(
-            *(torch.int8, PlaceholderObserver), quant_min=-127, granularity="token", symmetric=True, is_dynamic=True
-        )
+        activation = QuantizationSpec(torch.int8, PlaceholderObserver, granularity="token", is_dynamic=True)
     else:
         activation = QuantizationSpec(
             torch.uint8,
