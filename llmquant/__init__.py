@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from llmquant import export as export
+    from llmquant import pt2e as pt2e
     from llmquant import qat as qat
     from llmquant.calibrate.collect import Calibration as Calibration
     from llmquant.calibrate.collect import collect_stats as collect_stats
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
     from llmquant.primitives.granularity import PerTokenGroup as PerTokenGroup
     from llmquant.primitives.metrics import compute_error as compute_error
     from llmquant.primitives.stats import InputStats as InputStats
+    from llmquant.pt2e.dynamic import quantize_dynamic as quantize_dynamic
     from llmquant.quantize import QuantizationReport as QuantizationReport
     from llmquant.quantize import quantize_ as quantize_
     from llmquant.quantize import quantize_weight as quantize_weight
@@ -178,6 +180,7 @@ _PUBLIC = {
     ],
     "llmquant.primitives.metrics": ["compute_error"],
     "llmquant.primitives.stats": ["InputStats"],
+    "llmquant.pt2e.dynamic": ["quantize_dynamic"],
     "llmquant.quantize": ["QuantizationReport", "quantize_", "quantize_weight"],
     "llmquant.report": ["write_report"],
     "llmquant.study.run": ["Sweep", "run_study"],
@@ -194,7 +197,7 @@ _PUBLIC = {
     "llmquant.tune.sensitivity": ["sensitivity"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
-_PACKAGES = ["export", "qat"]
+_PACKAGES = ["export", "pt2e", "qat"]
 
 __all__ = sorted([*_HOME, *_PACKAGES, "__version__"])
 

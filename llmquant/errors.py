@@ -105,6 +105,8 @@ class PickleError(CheckpointError):
 
 class DocumentError(LlmQuantError):
     """JSON or YAML that cannot be read, is too large, nests too deep, or says a thing twice."""
+
+
 class ExportError(LlmQuantError):
     """A weight, tokenizer or architecture that another program's format cannot hold as it is."""
 
@@ -155,6 +157,14 @@ class ReferenceFileError(LlmQuantError):
 
 class UnsupportedOpError(LlmQuantError, NotImplementedError):
     """An operation that a quantized tensor does not support."""
+
+
+class LoweringError(LlmQuantError):
+    """A quantized graph of which some products have no int8 kernel, where all were wanted."""
+
+
+class GraphMismatchError(LlmQuantError):
+    """Two graphs to compare that do not come from one export."""
 
 
 class MissingDependencyError(LlmQuantError, ImportError):

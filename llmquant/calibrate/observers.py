@@ -60,14 +60,14 @@ class MovingAverageObserver:
     What a batch is decides about the result: each `update` is one, so it depends on batch size and order.
 
     Args:
-        rate: the share of the newest batch, above 0 and at most 1. Until 1 / rate batches were seen all of them count
-            alike.
+        rate: the share of the newest batch, above 0 and at most 1.
+        even_start: whether all batches count alike until 1 / rate of them were seen; else the first one counts whole.
     """
 
-    def __init__(self, rate: float = 0.05) -> None:
+    def __init__(self, rate: float = 0.05, even_start: bool = True) -> None:
         if not 0 < rate <= 1:
             raise ConfigError(f"a moving average cannot have the rate {rate}", hint="for instance 0.05")
-        self.tokens, self.rate = 0, rate
+        self.tokens, self.rate, self.even_start = 0, rate, even_start
         self._batches, self._ends = 0, torch.zeros(2)
 
     def update(self, x: Tensor) -> None:
@@ -75,7 +75,8 @@ class MovingAverageObserver:
         if x.numel():
             self._batches += 1
             ends = torch.stack(_extremes(x))
-            self._ends = self._ends + (ends - self._ends) * max(self.rate, 1 / self._batches)
+            share = max(self.rate, 1 / self._batches) if self.even_start or self._batches == 1 else self.rate
+            self._ends = self._ends + (ends - self._ends) * share
             self.tokens += x.shape[:-1].numel()
 
     def bounds(self) -> tuple[Tensor, Tensor]:
