@@ -169,7 +169,11 @@ def index_json(layouts: Sequence[Layout]) -> str:
     """The index of several shards."""
     weight_map = {key: layout.name for layout in layouts for key in layout.places}
     total = sum(place.size for layout in layouts for place in layout.places.values())
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
+    return _index(total, weight_map)
+
+
+def _index(total: int, weight_map: Mapping[str, str]) -> str:
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(weight_map)}, indent=2, sort_keys=True)
 
 
 def _layout(name: str, tensors: Mapping[str, Spec], metadata: Mapping[str, str]) -> Layout:
@@ -204,6 +208,58 @@ def write_shards(
             writer.component(key).write(tensor)
     writer.finish()
     return layouts
+
+
+class GrowingShards:
+    """Writes tensors whose sizes nobody knows beforehand: into shards of a folder as they come, the index at the end.
+
+    Args:
+        folder: an existing folder.
+        metadata: goes into the header of each shard.
+        max_shard_bytes: a shard is closed before it grows past this; it is also the memory that is held.
+
+    Attributes:
+        digests: key -> sha256 of every tensor that was added.
+        total_bytes: of them all.
+    """
+
+    def __init__(self, folder: Path, metadata: Mapping[str, str], max_shard_bytes: int) -> None:
+        self.folder, self.metadata, self.max_shard_bytes = folder, metadata, max_shard_bytes
+        self.digests: dict[str, str] = {}
+        self.total_bytes = 0
+        self._held: dict[str, Tensor] = {}
+        self._written: list[list[str]] = []
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Adds tensors that belong together; they land in one shard."""
+        size = sum(t.nbytes for t in tensors.values())
+        if self._held and sum(t.nbytes for t in self._held.values()) + size > self.max_shard_bytes:
+            self._flush()
+        self._held.update({key: t.contiguous() for key, t in tensors.items()})
+        self.total_bytes += size
+
+    def close(self) -> None:
+        """Writes the last shard, gives all their final names, and writes the index if there are several."""
+        self._flush()
+        names = [shard_name(i, len(self._written)) for i in range(len(self._written))]
+        for i, name in enumerate(names):
+            os.replace(self.folder / f"shard-{i}.tmp", self.folder / name)
+        if len(names) > 1:
+            weight_map = {key: name for name, keys in zip(names, self._written, strict=True) for key in keys}
+            (self.folder / INDEX).write_text(_index(self.total_bytes, weight_map), encoding="utf-8")
+
+    def _flush(self) -> None:
+        if not self._held and self._written:
+            return
+        specs = {key: (t.dtype, tuple(t.shape)) for key, t in self._held.items()}
+        writer = ShardWriter(self.folder, [_layout(f"shard-{len(self._written)}.tmp", specs, self.metadata)])
+        for key, tensor in self._held.items():
+            component = writer.component(key)
+            component.write(tensor)
+            self.digests[key] = component.finish()
+        writer.finish()
+        self._written.append(list(self._held))
+        self._held = {}
 
 
 class ShardWriter:

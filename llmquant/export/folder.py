@@ -12,9 +12,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from llmquant.checkpoint.files import read_header
+from llmquant.checkpoint.config_file import read_config
+from llmquant.checkpoint.header import read_header
 from llmquant.checkpoint.manifest import METHOD, verify
-from llmquant.checkpoint.source import build_skeleton, extras, locate, parse_dtype, read_config, weight_files
+from llmquant.checkpoint.source import build_skeleton, extras, locate, parse_dtype, weight_files
 from llmquant.checkpoint.state import assemble, expected
 from llmquant.errors import CheckpointError
 from llmquant.tensor import QuantizedTensor

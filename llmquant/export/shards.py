@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.checkpoint.files import ShardWriter, check_space, no_space_errors
+from llmquant.checkpoint.files import check_space, no_space_errors
+from llmquant.checkpoint.shards import GrowingShards
 from llmquant.checkpoint.stream import DEFAULT_SHARD_BYTES
 from llmquant.export.folder import QuantizedFolder
 from llmquant.quantize import Progress
@@ -29,7 +30,7 @@ def write_shards(
     progress: Progress | None = None,
 ) -> None:
     """Converts all weights, one in memory at a time, into shards and an index."""
-    writer = ShardWriter(draft, {"format": "pt", **(metadata or {})}, max_shard_bytes)
+    writer = GrowingShards(draft, {"format": "pt", **(metadata or {})}, max_shard_bytes)
     for done, fqn in enumerate(source.names):
         if progress:
             progress(done, len(source.names), fqn)

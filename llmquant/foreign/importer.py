@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llmquant.checkpoint.files import ShardWriter, check_space, check_target, new_folder, no_space_errors
+from llmquant.checkpoint.checksums import in_file, write_checksums
+from llmquant.checkpoint.files import check_space, check_target, new_folder, no_space_errors
 from llmquant.checkpoint.manifest import new_manifest, shard_metadata
+from llmquant.checkpoint.shards import GrowingShards
 from llmquant.checkpoint.source import extras
 from llmquant.checkpoint.state import components, describe
 from llmquant.config.base import QuantConfig
@@ -76,14 +78,15 @@ def import_checkpoint(
     opened = open_foreign(model, READERS if readers is None else readers, asked, dtype)
     plan = make_plan(opened)
     entries = {fqn: describe(p.sketch) for fqn, p in plan.items() if isinstance(p.sketch, QuantizedTensor)}
-    manifest = new_manifest([], entries)
+    manifest = new_manifest([], entries, checksums=in_file())
     report = _report(opened, plan)
     check_space(target, report.bytes_after)
     with new_folder(target, overwrite) as draft:
-        writer = ShardWriter(draft, shard_metadata(manifest), max_shard_bytes)
+        writer = GrowingShards(draft, shard_metadata(manifest), max_shard_bytes)
         for tensors in _converted(opened, plan, progress):
             writer.add(tensors)
         writer.close()
+        write_checksums(draft, writer.digests)
         _write_rest(opened, manifest, draft)
     report.bytes_after, report.seconds = writer.total_bytes, time.perf_counter() - started
     return report

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmquant.checkpoint.source import Source, build_skeleton, locate, read_config, weight_files
+from llmquant.checkpoint.config_file import read_config
+from llmquant.checkpoint.shards import Stored
+from llmquant.checkpoint.source import Source, build_skeleton, locate, weight_files
 from llmquant.config.base import QuantConfig
 from llmquant.config.candidates import Role, find_candidates
 from llmquant.errors import BadWeightError, CheckpointError
@@ -38,14 +40,28 @@ class Asked(NamedTuple):
 NOTHING = Asked()
 
 
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A tensor that is made when it is read: plain or quantized, or a sketch."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    def read(self, dtype: torch.dtype | None = None, rows: tuple[int, int] | None = None) -> Tensor:
+        """Its values, or those of some rows [first, last)."""
+        found = self.make() if rows is None else self.make()[rows[0] : rows[1]]
+        return found if dtype is None else found.to(dtype)
+
+
 @dataclass(frozen=True)
 class ForeignSource(Source):
-    """A checkpoint of another library. `readers` is what reads each key: plain tensors and quantized weights."""
+    """A checkpoint of another library. `made` is what stands behind each key: plain tensors and quantized weights."""
 
-    readers: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    made: Mapping[str, Stored] = field(default_factory=dict)
 
-    def _readers(self) -> dict[str, Callable[[], Tensor]]:
-        return dict(self.readers)
+    def _stored(self) -> dict[str, Stored]:
+        return dict(self.made)
 
 
 @dataclass(frozen=True)
@@ -84,13 +100,15 @@ class Opened:
         prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
         turned = conv1d | {fqn.removeprefix(prefix) for fqn in conv1d}
         taken = {key for weight in self.weights.values() for key in weight.keys}
-        readers: dict[str, Callable[[], Tensor]] = {}
+        made: dict[str, Stored] = {}
         for key in self.store:
             if key not in taken:
-                readers[key] = partial(self._plain, key, sketch, on_read)
+                make = partial(self._plain, key, sketch, on_read)
+                made[key] = Made(self.store.dtype(key), self.store.shape(key), make)
         for name, weight in self.weights.items():
-            readers[name] = partial(self._weight, weight, sketch, name in turned, on_read)
-        return ForeignSource(self.folder, self.config, self.dtype, skeleton, self.files, readers)
+            make = partial(self._weight, weight, sketch, name in turned, on_read)
+            made[name] = Made(self.dtype, weight.shape[::-1] if name in turned else weight.shape, make)
+        return ForeignSource(self.folder, self.config, self.dtype, skeleton, self.files, made=made)
 
     def bytes_of(self, key: str) -> int:
         """Bytes of what stands behind a key of the plain checkpoint."""

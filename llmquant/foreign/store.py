@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from llmquant.checkpoint.files import read_header
+from llmquant.checkpoint.header import read_header
 from llmquant.errors import CheckpointError
 
 Shape = Sequence[int]

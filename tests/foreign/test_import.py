@@ -88,7 +88,7 @@ def test_the_result_is_an_ordinary_checkpoint(llama: writers.Pair, tmp_path: Pat
     assert found.totals()["quantized_weights"] == len(report.weights) == 14
     assert found.totals()["bytes"] == report.bytes_after == sum(len(b[2]) for b in disk(tmp_path / "ours").values())
     assert {path.name for path in (tmp_path / "ours").iterdir()} == {
-        *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"),
+        *("config.json", "generation_config.json", "llmquant_checksums.json", "model.safetensors", "tokenizer.json"),
     }
     assert manifest(tmp_path / "ours")["quant_method"] == "llmquant"
     assert seen[0][0] == 0 and seen[-1][0] == seen[-1][1] > 0 and [s[0] for s in seen] == sorted(s[0] for s in seen)
