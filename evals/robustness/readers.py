@@ -234,6 +234,46 @@ def _checkpoint(folder: Path) -> None:
         raise CheckpointError("something is wrong, and was named")
 
 
+@cache
+def _gptq() -> dict[str, bytes]:
+    """The files of a small checkpoint as GPTQ writes them: 4 bits, groups of 16, zero points."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=24, num_hidden_layers=1, **sizes)).half()
+    state, draw = dict(model.state_dict()), torch.Generator().manual_seed(0)
+
+    def words(*shape: int) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64, generator=draw).to(torch.int32)
+
+    for name in [name for name in state if "_proj.weight" in name]:
+        rows, columns = state.pop(name).shape
+        module = name.removesuffix(".weight")
+        state[f"{module}.qweight"], state[f"{module}.qzeros"] = (
+            words(columns // 8, rows),
+            words(columns // 16, rows // 8),
+        )
+        state[f"{module}.scales"] = torch.rand(columns // 16, rows, generator=draw).half()
+        state[f"{module}.g_idx"] = torch.arange(columns, dtype=torch.int32) // 16
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "desc_act": False}
+    config = model.config.to_dict() | {"quantization_config": settings, "architectures": ["LlamaForCausalLM"]}
+    return {
+        "config.json": _jsons(config)[0],
+        "model.safetensors": _file(lambda path: save_file(state, path, metadata={"format": "pt"})),
+    }
+
+
+def _import(folder: Path) -> None:
+    from llmquant import import_checkpoint
+
+    import_checkpoint(folder, folder / "out", overwrite=True)
+
+
+def _lay_gptq(folder: Path) -> None:
+    for name, content in _gptq().items():
+        (folder / name).write_bytes(content)
+
+
 def _lay_checkpoint(folder: Path) -> None:
     for name, content in _quantized().items():
         (folder / name).write_bytes(content)
@@ -318,3 +358,6 @@ register(Reader("shard", _SHARD, _checkpoint, lambda: [_quantized()[_SHARD]], _l
 register(
     Reader("config", "config.json", _checkpoint, lambda: [_quantized()["config.json"]], _lay_checkpoint, words=_FIELDS)
 )
+_GPTQ = (b'"bits"', b'"group_size"', b'"sym"', b'"desc_act"', b'"quant_method"', b'"awq"', b'"gptq_v2"', b'"fp8"')
+register(Reader("gptq", "model.safetensors", _import, lambda: [_gptq()["model.safetensors"]], _lay_gptq, words=_KEYS))
+register(Reader("foreign", "config.json", _import, lambda: [_gptq()["config.json"]], _lay_gptq, words=_GPTQ))

@@ -9,9 +9,10 @@ from typing import Any
 from llmquant.documents import read_json
 from llmquant.errors import CheckpointError, DocumentError, ModelNotFoundError
 
-MOST_MODULES = 4_096
+MOST_MODULES, MOST_LAYERS = 4_096, 512  # a layer is many modules: so many take half a second to build
 LARGEST_NUMBER = 2**31 - 1
-_COUNTS = ("layers", "layer", "experts", "blocks", "num_stages", "depth", "depths")
+_LAYERS = ("layers", "layer", "n_blocks", "depth", "depths")
+_COUNTS = ("experts", "blocks", "num_stages")
 """How keys end whose number says how many modules a model has."""
 
 
@@ -40,7 +41,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def check_config(config: dict[str, Any], where: str) -> None:
     """Raises `CheckpointError` for a model of more modules, or of larger sizes, than any has."""
     for key, number in _numbers({k: v for k, v in config.items() if k != "quantization_config"}):
-        most = MOST_MODULES if key.endswith(_COUNTS) else LARGEST_NUMBER
+        most = MOST_LAYERS if key.endswith(_LAYERS) else MOST_MODULES if key.endswith(_COUNTS) else LARGEST_NUMBER
         if type(number) is int and abs(number) > most:
             raise CheckpointError(
                 f"config.json says {key} = {number:.3g}, and the most is {most:,}",

@@ -14,7 +14,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llmquant.errors import UnfinishedRunError
+from llmquant.documents import parse_json
+from llmquant.errors import DocumentError, UnfinishedRunError
 
 _VERSION = 1
 
@@ -113,11 +114,15 @@ def _whole_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
     whole = 0
     for line in content.splitlines(keepends=True):
         try:
-            found = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
+            found = parse_json(line) if line.endswith(b"\n") else None
+        except DocumentError:
             found = None
-        if not isinstance(found, dict) or not ("run" in found if not lines else {"done", "of"} <= set(found)):
+        if not isinstance(found, dict) or not ("run" in found if not lines else _is_note(found)):
             break
         lines.append(found)
         whole += len(line)
     return lines, whole
+
+
+def _is_note(line: dict[str, Any]) -> bool:
+    return isinstance(line.get("done"), str) and "of" in line

@@ -104,8 +104,10 @@ class Output:
         self._committed = time.monotonic()
 
     def _intact(self, name: str) -> bool:
-        digests = self.journal.finished[name]["sha256"]
-        places = self.writer.places
+        noted, places = self.journal.finished[name], self.writer.places
+        digests = noted.get("sha256") if isinstance(noted, dict) else None
+        if not isinstance(digests, dict) or "note" not in noted:
+            return False
         return all(key in places and self.writer.digest(key) == found for key, found in digests.items())
 
 
