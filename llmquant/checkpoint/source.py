@@ -159,7 +159,8 @@ def open_source(model: str | Path | Origin, dtype: torch.dtype | None = None) ->
         )
     hub = None if local else _hub_shards(origin, folder)
     files = weight_files(folder) if hub is None else ()
-    check_shards(folder, files)
+    if local:
+        check_shards(folder, files)
     own = dtype or _own_dtype(folder, config, files, hub)
     if origin.raw:
         skeleton: nn.Module = raw_skeleton(_stored(files, hub))
