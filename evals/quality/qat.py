@@ -7,8 +7,8 @@ copy (PTQ), of the converted model (QAT), and (PTQ - QAT) / (PTQ - float), which
     python evals/quality/qat.py --train valid.txt --test wiki.test.raw
     python evals/quality/qat.py --train valid.txt --test wiki.test.raw --graph
 
-With --graph both are done in graph mode: static int8 weights and activations, calibrated on batches of the training
-text (PTQ) or trained (QAT).
+With --graph both are done in graph mode: static weights and activations, calibrated on batches of the training text
+(PTQ) or trained (QAT). Eight bits cost such a model next to nothing; --code-bits 4 leaves it fewer of the codes.
 
 PTQ rounds the float model after its extra steps, by the same scheme and the format's default algorithm. Without texts,
 it learns the first four fifths of the text that CPython ships and is measured on the rest.
@@ -22,6 +22,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +36,7 @@ from llmquant.measure.perplexity import Perplexity, token_nll
 from llmquant.measure.text import BUILTIN, load_text
 from llmquant.measure.windows import make_windows
 from llmquant.pt2e import (
+    QuantizationConfig,
     X86Quantizer,
     convert_pt2e,
     get_default_x86_inductor_quantization_config,
@@ -70,8 +72,7 @@ def main() -> None:
 def prepare(model: Any, options: argparse.Namespace) -> Any:
     """The model with fake quantization."""
     if options.graph:
-        config = get_default_x86_inductor_quantization_config(is_qat=True)
-        return Graph(prepare_qat_pt2e(exported(model.train(), options), X86Quantizer().set_global(config)))
+        return Graph(prepare_qat_pt2e(exported(model.train(), options), quantizer(options, is_qat=True)))
     print(llmquant.qat.prepare(model, weights_of(options), algorithm=options.algorithm), file=sys.stderr)
     return model
 
@@ -89,11 +90,23 @@ def quantized(model: Any, seen: list[Tensor], options: argparse.Namespace) -> An
     if not options.graph:
         llmquant.quantize_(model, weights_of(options))
         return model
-    graph = prepare_pt2e(exported(model.eval(), options), X86Quantizer())
+    graph = prepare_pt2e(exported(model.eval(), options), quantizer(options))
     with torch.no_grad():
         for ids in seen:
             graph(ids)
     return Graph(convert_pt2e(graph))
+
+
+def quantizer(options: argparse.Namespace, is_qat: bool = False) -> X86Quantizer:
+    """All linear layers but the head; codes of fewer bits lie in int8, too."""
+    config = get_default_x86_inductor_quantization_config(is_qat=is_qat)
+    assert config.input_activation is not None and config.weight is not None
+    half = 2 ** (options.code_bits - 1)
+    config = QuantizationConfig(
+        replace(config.input_activation, quant_max=2 * half - 1),
+        replace(config.weight, quant_min=-half, quant_max=half - 1),
+    )
+    return X86Quantizer().set_global(config).set_module_name("model.lm_head", None)
 
 
 def weights_of(options: argparse.Namespace) -> dict[str, str]:
@@ -142,7 +155,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--train", default=BUILTIN, help="path of the text to learn")
     parser.add_argument("--test", help="path of the text to measure on")
     parser.add_argument("--scheme", default="int3-g64", help="of all linear layers but the head")
-    parser.add_argument("--graph", action="store_true", help="static int8 in graph mode; --scheme does not matter")
+    parser.add_argument("--graph", action="store_true", help="in graph mode; --scheme does not matter")
+    parser.add_argument("--code-bits", type=int, default=8, help="of weights and activations in graph mode")
     parser.add_argument("--algorithm", default="rtn", help="of the fake quantization while training")
     parser.add_argument("--steps", type=int, default=800, help="of the float model from scratch")
     parser.add_argument("--extra", type=int, default=300, help="of both models afterwards")
