@@ -1,9 +1,8 @@
 """How long it takes to load a quantized checkpoint beside the plain one: `python evals/bench/load.py PLAIN QUANTIZED`.
 
 Each load is a process of its own, in turns, after a first one of each that brings the files into the page cache.
-Imports are not counted; `from_pretrained` is, and with `--layout` also what lays each weight out for its kernel, which
-the first product with it does otherwise. The last line is JSON: seconds of the clock and of processors, medians, and
-their ratios.
+Imports are not counted; `from_pretrained` is, and what lays each weight out for its kernel, which the first product with
+it does otherwise. The last line is JSON: seconds of the clock and of processors, medians, and their ratios.
 """
 
 from __future__ import annotations
@@ -67,6 +66,7 @@ def one(folder: Path, threads: int | None, profiled: bool) -> None:
     from transformers.utils import logging
 
     import llmquant.integrations.transformers  # noqa: F401
+    from llmquant.kernels.cpu import matrix_of
     from llmquant.tensor import QuantizedTensor
 
     logging.disable_progress_bar()
@@ -81,6 +81,7 @@ def one(folder: Path, threads: int | None, profiled: bool) -> None:
     for weight in model.parameters():
         if isinstance(weight, QuantizedTensor):
             weight.kernel()
+            matrix_of(weight.packed())
     seconds, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
     if profiled:
         profile.disable()
