@@ -1,8 +1,8 @@
 """How long it takes to load a quantized checkpoint beside the plain one: `python evals/bench/load.py PLAIN QUANTIZED`.
 
 Each load is a process of its own, in turns, after a first one of each that brings the files into the page cache.
-Imports are not counted; `from_pretrained` is, and what lays each weight out for its kernel, which the first product with
-it does otherwise. The last line is JSON: seconds of the clock and of processors, medians, and their ratios.
+Imports are not counted; `from_pretrained` is, and what lays each weight out for its kernel, which the first product
+with it does otherwise. The last line is JSON: seconds of the clock and of processors, medians, and their ratios.
 """
 
 from __future__ import annotations
