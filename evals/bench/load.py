@@ -24,16 +24,19 @@ def main() -> None:
     parser.add_argument("quantized", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument(
+        "--forward", action="store_true", help="count the first token, too: a plain file is only mapped"
+    )
     parser.add_argument("--profile", action="store_true", help="print where the time of QUANTIZED goes, and end")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one or options.profile:
-        one(options.quantized, options.threads, options.profile)
+        one(options.quantized, options.threads, options.profile, options.forward)
         return
     found: dict[str, list[dict[str, float]]] = {"plain": [], "quantized": []}
     for number in range(options.rounds + 1):
         for name, runs in found.items():
-            run = in_process(getattr(options, name), options.threads)
+            run = in_process(getattr(options, name), options.threads, options.forward)
             if number:  # the first fills the page cache
                 runs.append(run)
                 print(f"{name:>10}: {run['seconds']:.3f} s, {run['cpu_seconds']:.3f} s of processors", flush=True)
@@ -49,15 +52,16 @@ def summary(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     return result
 
 
-def in_process(folder: Path, threads: int | None) -> dict[str, float]:
+def in_process(folder: Path, threads: int | None, forward: bool) -> dict[str, float]:
     """One load in a fresh process."""
     command = [sys.executable, __file__, "-", str(folder), "--one", *(["--threads", str(threads)] if threads else [])]
+    command += ["--forward"] * forward
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def one(folder: Path, threads: int | None, profiled: bool) -> None:
-    """Loads a checkpoint in this process, and lays its weights out."""
+def one(folder: Path, threads: int | None, profiled: bool, forward: bool) -> None:
+    """Loads a checkpoint in this process, lays its weights out, and perhaps makes a token."""
     import cProfile
 
     import torch
@@ -82,6 +86,9 @@ def one(folder: Path, threads: int | None, profiled: bool) -> None:
         if isinstance(weight, QuantizedTensor):
             weight.kernel()
             matrix_of(weight.packed())
+    if forward:
+        with torch.inference_mode():
+            model(torch.tensor([[1]]))
     seconds, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
     if profiled:
         profile.disable()
