@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_compare import Two
 from test_lowering import QLINEAR, TOKEN, Convolutions, Words, needs_onednn
+from test_pt2e_compare import Two
 from torch import Tensor, fx, nn
 
 from llmquant.primitives.metrics import compute_error

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from handmade import converted, exported
-from test_compare import Two
+from test_pt2e_compare import Two
 from torch import Tensor, fx, nn
 
 from llmquant.errors import BudgetError, GraphMismatchError
