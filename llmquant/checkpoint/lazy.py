@@ -76,7 +76,8 @@ class LazyModel:
     def _read(self, names: Iterable[str]) -> None:
         """Reads those that are not in memory."""
         for name in sorted(names):
-            if not self.model.get_parameter(name).is_meta:
+            path, _, key = name.rpartition(".")
+            if not getattr(self.model.get_submodule(path), key).is_meta:  # no parameter inside of functional_call
                 continue
             group = self._groups[name]
             dtype = self._dtype_of(name, self._absent[name].dtype)

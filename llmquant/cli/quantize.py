@@ -98,6 +98,12 @@ def quantize(
             "(moving averages), channel, percentile (99.99; percentile-99.9 for another), histogram (least error)."
         ),
     ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="In which signround learns each block: 50. More, and more tokens, are better."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of what stays in float: auto, float32, bfloat16 or float16.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, for instance 500MB or 2GB.")] = "2GB",
@@ -199,7 +205,7 @@ def quantize(
         return
     check_target(output, overwrite)  # before the long part
     choice.check()
-    reading = Reading(calib, calib_tokens, seed, observer)
+    reading = Reading(calib, calib_tokens, seed, observer, steps)
     report, reports = Conversion(asked, reading, budget, rotate_seed, imatrix, dtype).write(
         *(origin, output),
         overwrite=overwrite,

@@ -26,12 +26,19 @@ FEW_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Reading:
-    """What of which text is read; None stands for a default."""
+    """What of which text is read, and how; None stands for a default.
+
+    Attributes:
+        text, tokens, seed: as for `calibration_windows`.
+        observer: name of what finds the range of static activations.
+        steps: in which signround learns each block.
+    """
 
     text: str | None = None
     tokens: int | None = None
     seed: int = 0
     observer: str | None = None
+    steps: int | None = None
 
 
 class Calibrating:
@@ -64,7 +71,7 @@ class Calibrating:
         from llmquant.calibrate.observers import observer_factory
         from llmquant.checkpoint.source import open_source, parse_dtype
         from llmquant.quantize import make_plan
-        from llmquant.quantize.plan import needed_stats
+        from llmquant.quantize.plan import MODEL, needed_stats
         from llmquant.tune.sequential import runs_by_blocks
 
         observer_factory(reading.observer or "minmax", None)  # a misspelt name shows before a model is loaded
@@ -84,6 +91,8 @@ class Calibrating:
             raise ConfigError(
                 "nothing here needs --observer: it is for static activations", hint="for instance s8-int8"
             )
+        if reading.steps is not None and not any(MODEL in needed_stats(q) for _, q in self.plan.chosen):
+            raise ConfigError("nothing here learns in --steps", hint="--algorithm signround does")
 
     def write(
         self, output: Path, overwrite: bool, max_shard_bytes: int, crew: Crew = ALONE, ignore_memory: bool = False
@@ -128,7 +137,8 @@ class Calibrating:
 
         started = time.perf_counter()
         windows, importance = self._windows(DEFAULT_TOKENS), self._importance()
-        words = [fingerprint([self._observer, DEFAULT_STEPS], [windows])]
+        steps = self.reading.steps or DEFAULT_STEPS
+        words = [fingerprint([self._observer, steps], [windows])]
         job = Job(self.source, self.config, self.plan, max_shard_bytes, importance, words)
         check_twins(job.work.twins, str(self.source.folder))
         job.needs(output, crew).check(output, ignore_memory=ignore_memory)
@@ -138,6 +148,7 @@ class Calibrating:
                 *(lazy.model, self.config, batches, Written(job, out), lazy.held),
                 imatrix=importance,
                 observer=self._observer,
+                steps=steps,
                 progress=progress,
             )
             lazy.drop()

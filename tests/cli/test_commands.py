@@ -307,11 +307,12 @@ def test_calibration_follows_text_count_and_seed(plain: Path, tmp_path: Path) ->
     [
         (["--recipe", "int8", "--calib", "builtin"], "nothing here needs --calib"),
         (["--recipe", "int8", "--observer", "histogram"], "nothing here needs --observer"),
+        (["--recipe", "int8", "--algorithm", "gptq", "--steps", "9"], "nothing here learns in --steps"),
         (["--recipe", "s8-int8", "--observer", "histgram"], "histogram"),
         (["--recipe", "s8-int8", "--calib", "no/such/file"], "cannot be read"),
         (["--recipe", "s8-int8", "--calib-tokens", "0"], "none to calibrate on"),
     ],
-    ids=["not needed", "observer not needed", "unknown observer", "no text", "no tokens"],
+    ids=["not needed", "observer not needed", "steps not needed", "unknown observer", "no text", "no tokens"],
 )
 def test_what_cannot_be_calibrated_is_explained(plain: Path, tmp_path: Path, options: list[str], message: str) -> None:
     status, _, told = run("quantize", plain, "-o", tmp_path / "q", *options)

@@ -82,6 +82,19 @@ def test_gptq_by_blocks_from_the_disk_is_gptq_in_memory(family: str, folders: Fo
     assert report.bytes_after == sum(len(data) for _, _, data in disk(tmp_path / "out").values())
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_signround_by_blocks_takes_its_steps(steps: int, folders: Folders, tmp_path: Path) -> None:
+    source = with_tokenizer(copy(folders("llama-tied"), tmp_path / "source"))
+    asked = replace(conversion(source, "signround"), reading=Reading(str(source / "text.txt"), 1024, steps=steps))
+    asked.write(str(source), tmp_path / "out")
+    model, config = load(source), change_algorithm(to_recipe("int3-g32"), "signround").config
+    text, tokenizer = str(source / "text.txt"), load_tokenizer(source)
+    quantize_with_data_(model, config, text, tokenizer=tokenizer, tokens=1024, steps=steps)
+    model.save_pretrained(tmp_path / "memory")
+    assert_same(disk(tmp_path / "out"), disk(tmp_path / "memory"))
+
+
+
 @pytest.mark.parametrize("step", [1, 5, 8])
 @pytest.mark.parametrize("rotate", [None, "hadamard"])
 def test_an_interrupted_run_goes_on_and_ends_with_equal_files(
