@@ -32,7 +32,7 @@ def _run_main(args: list[str]) -> tuple[int, str, str]:
     from llmquant.cli import console
 
     out, err = io.StringIO(), io.StringIO()
-    before = sys.argv, console.console.file, console.errors.file
+    before = sys.argv
     sys.argv = ["llmquant", *args]
     console.console.file, console.errors.file = out, err
     try:
@@ -42,7 +42,8 @@ def _run_main(args: list[str]) -> tuple[int, str, str]:
     except SystemExit as stop:
         status = int(stop.code or 0)
     finally:
-        sys.argv, console.console.file, console.errors.file = before
+        sys.argv = before
+        console.console.file = console.errors.file = None  # whatever sys.stdout and sys.stderr are from now on
     return status, out.getvalue(), err.getvalue()
 
 
