@@ -100,9 +100,7 @@ def quantize(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="In which signround learns each block: 50. More, and more tokens, are better."
-        ),
+        typer.Option(min=1, help="In which signround learns each block: 50. More, and more tokens, are better."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of what stays in float: auto, float32, bfloat16 or float16.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,

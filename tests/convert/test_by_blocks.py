@@ -94,7 +94,6 @@ def test_signround_by_blocks_takes_its_steps(steps: int, folders: Folders, tmp_p
     assert_same(disk(tmp_path / "out"), disk(tmp_path / "memory"))
 
 
-
 @pytest.mark.parametrize("step", [1, 5, 8])
 @pytest.mark.parametrize("rotate", [None, "hadamard"])
 def test_an_interrupted_run_goes_on_and_ends_with_equal_files(
