@@ -74,11 +74,11 @@ if TYPE_CHECKING:
     from llmquant.hub.card import model_card as model_card
     from llmquant.hub.push import push_to_hub as push_to_hub
     from llmquant.integrations.lm_eval import run_tasks as run_tasks
+    from llmquant.integrations.loading import load as load
     from llmquant.integrations.optimize import OptimizeReport as OptimizeReport
     from llmquant.integrations.optimize import optimize as optimize
     from llmquant.integrations.optimize import restore as restore
     from llmquant.integrations.transformers import LlmQuantConfig as LlmQuantConfig
-    from llmquant.integrations.transformers import load as load
     from llmquant.measure.activations import ActivationReport as ActivationReport
     from llmquant.measure.activations import compare_activations as compare_activations
     from llmquant.measure.evaluate import Evaluation as Evaluation
@@ -162,7 +162,8 @@ _PUBLIC = {
     "llmquant.hub.push": ["push_to_hub"],
     "llmquant.integrations.lm_eval": ["run_tasks"],
     "llmquant.integrations.optimize": ["OptimizeReport", "optimize", "restore"],
-    "llmquant.integrations.transformers": ["LlmQuantConfig", "load"],
+    "llmquant.integrations.loading": ["load"],
+    "llmquant.integrations.transformers": ["LlmQuantConfig"],
     "llmquant.measure.activations": ["ActivationReport", "compare_activations"],
     "llmquant.measure.evaluate": ["Evaluation", "evaluate"],
     "llmquant.measure.noise": ["noise_floor"],

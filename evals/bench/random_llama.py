@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llmquant.export.gguf_model import find_architecture, write_sizes
+
 PARTS = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -70,16 +72,7 @@ def write_gguf(model: LlamaForCausalLM, target: Path) -> None:
     """The model as a GGUF file: matrices in float16, norms in float32."""
     config = model.config
     writer = gguf.GGUFWriter(target, "llama")
-    writer.add_name("random")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
+    write_sizes(writer, find_architecture(config), "random")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     add_tokenizer(writer, config.vocab_size)
 

@@ -28,7 +28,7 @@ from llmquant.calibrate.data import calibration_windows
 from llmquant.checkpoint.source import open_source
 from llmquant.cli.console import progress_bar
 from llmquant.config.recipe import to_config, with_algorithm
-from llmquant.integrations.transformers import load_tokenizer
+from llmquant.integrations.loading import load_tokenizer
 from llmquant.measure.evaluate import evaluate
 from llmquant.measure.memory import footprint
 from llmquant.measure.reference import Reference

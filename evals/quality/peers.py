@@ -43,7 +43,7 @@ from llmquant.checkpoint.save import save
 from llmquant.checkpoint.source import open_source
 from llmquant.cli.console import progress_bar
 from llmquant.errors import LlmQuantError, ReferenceFileError
-from llmquant.integrations.transformers import load_tokenizer
+from llmquant.integrations.loading import load_tokenizer
 from llmquant.measure.evaluate import evaluate
 from llmquant.measure.record import machine, versions
 from llmquant.measure.reference import Reference

@@ -46,7 +46,7 @@ def compare(
     import torch
 
     from llmquant.checkpoint.source import locate, parse_dtype
-    from llmquant.integrations.transformers import load, load_tokenizer
+    from llmquant.integrations.loading import load, load_tokenizer
     from llmquant.measure.activations import compare_activations
     from llmquant.measure.text import load_text
     from llmquant.measure.windows import make_windows, tokenize

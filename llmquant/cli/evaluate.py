@@ -144,7 +144,7 @@ class Plan:
     def run(self) -> dict[str, Any]:
         """The record."""
         from llmquant.checkpoint.source import locate
-        from llmquant.integrations.transformers import load_tokenizer
+        from llmquant.integrations.loading import load_tokenizer
         from llmquant.measure.evaluate import Protocol, backends
         from llmquant.measure.memory import footprint
         from llmquant.measure.record import build_record, machine, versions
@@ -220,7 +220,7 @@ class Plan:
     def load(self, model: str) -> Any:
         """A model in the dtype that was asked for."""
         from llmquant.checkpoint.source import locate, parse_dtype
-        from llmquant.integrations.transformers import load
+        from llmquant.integrations.loading import load
 
         return load(locate(model), dtype=parse_dtype(self.dtype) or "auto")
 

@@ -45,7 +45,7 @@ def refine(
     from llmquant.checkpoint.files import check_target
     from llmquant.checkpoint.save import save
     from llmquant.checkpoint.source import extras, locate, parse_dtype
-    from llmquant.integrations.transformers import load, load_tokenizer
+    from llmquant.integrations.loading import load, load_tokenizer
     from llmquant.tune.refine import refine_
 
     check_target(output, overwrite)  # before the long part

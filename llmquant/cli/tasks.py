@@ -50,7 +50,7 @@ class Tasks:
         """Loads a model and runs the tasks; what `run_tasks` says."""
         from llmquant.checkpoint.source import locate, parse_dtype
         from llmquant.integrations.lm_eval import run_loaded
-        from llmquant.integrations.transformers import load, load_tokenizer
+        from llmquant.integrations.loading import load, load_tokenizer
 
         folder = locate(model)
         loaded, tokenizer = load(folder, dtype=parse_dtype(dtype) or "auto"), load_tokenizer(folder)

@@ -92,7 +92,7 @@ def load_plain(model: str | Origin, dtype: str) -> tuple[Any, Any, Path]:
         AlreadyQuantizedError, ModelNotFoundError: as `quantize_checkpoint`.
     """
     from llmquant.checkpoint.source import open_source, parse_dtype
-    from llmquant.integrations.transformers import load_tokenizer
+    from llmquant.integrations.loading import load_tokenizer
 
     source = open_source(model, parse_dtype(dtype))
     if source.config.get("is_encoder_decoder"):

@@ -222,7 +222,7 @@ class Calibrating:
     def _windows(self, default: int) -> Tensor:
         """Token windows of the text. Raises `CalibrationError` for a model that reads more than one text at a time."""
         from llmquant.calibrate.data import calibration_windows
-        from llmquant.integrations.transformers import load_tokenizer
+        from llmquant.integrations.loading import load_tokenizer
 
         if self.source.config.get("is_encoder_decoder"):
             raise CalibrationError(

@@ -90,7 +90,7 @@ class Preparation:
 
     def _migrate(self, plain: Any, source: Source, config: FqnToConfig, reading: Reading) -> None:
         from llmquant.convert.calibrated import FEW_TOKENS
-        from llmquant.integrations.transformers import load_tokenizer
+        from llmquant.integrations.loading import load_tokenizer
         from llmquant.tune.awq import awq_
         from llmquant.tune.smoothquant import smoothquant_
 

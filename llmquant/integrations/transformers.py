@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from copy import copy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +15,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmquant.checkpoint.checksums import checksum, in_manifest
-from llmquant.checkpoint.config_file import read_config
 from llmquant.checkpoint.manifest import METHOD, check_version, new_manifest, shard_metadata, verify
-from llmquant.checkpoint.source import refuse_pickles
 from llmquant.checkpoint.state import assemble, component_key, expected, state_dict
 from llmquant.config import recipe
 from llmquant.config.base import QuantConfig
 from llmquant.config.candidates import Candidate, flat_experts
 from llmquant.config.fqn import FqnToConfig
-from llmquant.errors import BadWeightError, CheckpointError, ConfigError, ModelNotFoundError
+from llmquant.errors import BadWeightError, CheckpointError, ConfigError
 from llmquant.integrations import sharding
 from llmquant.primitives.spec import QuantSpec
 from llmquant.quantize import (
@@ -386,50 +383,3 @@ def attach(model: nn.Module, config: FqnToConfig, report: QuantizationReport | N
 
 
 AFTER_QUANTIZE.append(attach)
-
-
-def load(path: str | Path, **kwargs: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained(path, **kwargs)`, with llmquant registered.
-
-    Of a checkpoint nothing is executed unless it is asked for (`trust_remote_code=True`, `use_safetensors=False`).
-
-    Raises:
-        ModelNotFoundError: for an architecture that transformers does not know.
-        PickleError: where the weights are pickles.
-    """
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    kind = _model_type(Path(path))
-    if kind is not None and kind not in CONFIG_MAPPING and not kwargs.get("trust_remote_code"):
-        raise ModelNotFoundError(
-            f"transformers {transformers_version()} does not know the architecture {kind!r}",
-            where=str(path),
-            hint="llmquant.load_raw gives its tensors by key; or trust_remote_code=True for code that you trust",
-        )
-    if Path(path).is_dir() and kwargs.get("use_safetensors") is not False:
-        refuse_pickles(Path(path))
-    return AutoModelForCausalLM.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
-
-
-def transformers_version() -> str:
-    """Its version."""
-    import transformers
-
-    return transformers.__version__
-
-
-def _model_type(folder: Path) -> str | None:
-    """As config.json of a local folder says."""
-    return read_config(folder)["model_type"] if (folder / "config.json").is_file() else None
-
-
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer beside a model. Raises `ModelNotFoundError` where there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelNotFoundError(
-            f"no tokenizer can be loaded: {error}", where=str(path), hint="copy the original's tokenizer files there"
-        ) from error

@@ -18,7 +18,7 @@ from llmquant.convert.calibrated import Reading
 from llmquant.convert.job import Conversion
 from llmquant.convert.listener import Silent
 from llmquant.errors import TextError
-from llmquant.integrations.transformers import load, load_tokenizer
+from llmquant.integrations.loading import load, load_tokenizer
 from llmquant.measure.evaluate import Evaluation, Protocol, backends, evaluate
 from llmquant.measure.memory import footprint
 from llmquant.measure.noise import noise_floor

@@ -19,7 +19,7 @@ from llmquant.checkpoint.stream import quantize_checkpoint
 from llmquant.config.candidates import Role
 from llmquant.config.recipe import to_config
 from llmquant.errors import ModelNotFoundError
-from llmquant.integrations.transformers import load
+from llmquant.integrations.loading import load
 from llmquant.tensor import QuantizedTensor
 
 WEIGHTS = ("blocks.0.mixer.weight", "blocks.0.w1", "head.type.weight")

@@ -22,7 +22,7 @@ from llmquant.convert.calibrated import Reading
 from llmquant.convert.job import Conversion
 from llmquant.convert.listener import Silent
 from llmquant.errors import UnfinishedRunError
-from llmquant.integrations.transformers import load_tokenizer
+from llmquant.integrations.loading import load_tokenizer
 from llmquant.tune.sequential import quantize_with_data_
 
 

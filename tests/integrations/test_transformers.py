@@ -37,7 +37,7 @@ from llmquant import FqnToConfig, Int4WeightOnlyConfig, LlmQuantConfig, Quantize
 from llmquant.checkpoint.manifest import verify
 from llmquant.config.recipe import to_config
 from llmquant.errors import BadWeightError, CheckpointError, ConfigError, NothingToQuantizeError, UnmatchedKeyError
-from llmquant.integrations.transformers import load_tokenizer
+from llmquant.integrations.loading import load_tokenizer
 from llmquant.primitives.dynamic import Activation
 
 families = pytest.mark.parametrize("family", CONFIGS)

@@ -17,7 +17,7 @@ from llmquant.config.recipe import to_recipe
 from llmquant.convert.calibrated import Reading
 from llmquant.convert.job import Conversion
 from llmquant.errors import StudyError
-from llmquant.integrations.transformers import load, load_tokenizer
+from llmquant.integrations.loading import load, load_tokenizer
 from llmquant.measure.evaluate import evaluate
 from llmquant.measure.reference import Reference
 from llmquant.measure.windows import make_windows, tokenize

@@ -9,7 +9,7 @@ import pytest
 
 import llmquant
 from llmquant.errors import MissingDependencyError
-from llmquant.integrations.transformers import load, load_tokenizer
+from llmquant.integrations.loading import load, load_tokenizer
 from llmquant.study import plan
 
 from .conftest import MakeStudy, sweep
