@@ -13,6 +13,7 @@ from test_commands import plain, run  # noqa: F401  (plain is a fixture)
 import llmquant
 from llmquant.config.recipe import split_algorithm
 from llmquant.errors import ConfigError
+from llmquant.integrations.loading import load_tokenizer
 
 CALIB = ("--calib", "builtin", "--calib-tokens", 512)
 
@@ -45,7 +46,7 @@ def test_scaled_and_quantized_as_in_python(plain: Path, tmp_path: Path, scales: 
     )
     assert status == 0, told
     model, config = models.load(plain), models.rtn("int3-g32")
-    windows = {"tokenizer": llmquant.integrations.transformers.load_tokenizer(plain), "tokens": 600, "seed": 1}
+    windows = {"tokenizer": load_tokenizer(plain), "tokens": 600, "seed": 1}
     if scales == "awq":
         llmquant.awq_(model, config, str(text), **windows)
     else:
