@@ -12,6 +12,7 @@ import torch
 from handmade import converted, exported
 from test_lowering import Convolutions, Mlp, Words
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmquant.errors import ConfigError, ExportError
 from llmquant.primitives.metrics import compute_error
@@ -74,6 +75,28 @@ def test_one_linear_within_a_thousandth(tmp_path: Path) -> None:
         y, _ = run(tmp_path / form, x)
         wanted = m(x).detach()
         assert float((y - wanted).norm() / wanted.norm()) < 1e-3
+
+
+class Logits(nn.Module):
+    """A small Llama with random weights, as a function of ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        self.model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_a_whole_llama_agrees_to_35_db(mode: str, tmp_path: Path) -> None:
+    ids = torch.randint(0, 64, (1, 16), generator=torch.Generator().manual_seed(1))
+    m = converted(Logits(), ids, mode=mode)
+    report = export_onnx(m, (ids,), tmp_path / "m", "integer")
+    assert report.integer == 15  # seven products a layer, and the head
+    assert compute_error(m(ids).detach(), run(tmp_path / "m", ids)[0]) > 35
 
 
 def test_convolutions_keep_their_pairs(tmp_path: Path) -> None:
