@@ -226,7 +226,7 @@ def test_a_killed_save_over_a_plain_model_is_refused(folders: Folders, pair: tup
     )
     seen = [outcome(f / "out", state(load(tmp_path / "old")), state(load(pair[1]))) for f in attempts]
     assert seen[0] == "old" and seen[-1] == "new"
-    assert set(seen) == {"old", "new", "CheckpointError", "OSError", "JSONDecodeError"}
+    assert set(seen) == {"old", "new", "CheckpointError", "HeaderError", "OSError", "JSONDecodeError"}
 
 
 def test_every_mixture_of_two_saves_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
