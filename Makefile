@@ -34,7 +34,7 @@ test-slow: $(STAMP)  ## run all tests, the slow ones too, and those against torc
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt triton peft fastapi uvicorn openai
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/oracle --constraint constraints.txt torchao
-	PYTHONPATH=build/oracle $(BIN)/python -m pytest tests/primitives/test_torchao.py
+	PYTHONPATH=build/oracle $(BIN)/python -m pytest tests/primitives/test_torchao.py tests/export/test_torchao_folder.py
 
 check: $(STAMP)  ## lint, format and type check
 	$(BIN)/ruff check .
